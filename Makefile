@@ -1,0 +1,63 @@
+# Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SYSTEM_PACKAGES := libosmesa6 libglfw3
+
+# Two busy-waiting OpenMP runtimes on shared cores slow each other down by an order of magnitude.
+export OMP_WAIT_POLICY := PASSIVE
+export MUJOCO_GL ?= osmesa
+export PYOPENGL_PLATFORM ?= osmesa
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup system lock demo test test-slow lint format bench pretrain record clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: system $(VENV)/.installed  ## build .venv from the lock file
+
+system:
+	@.ci/system-packages $(SYSTEM_PACKAGES)
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: $(VENV)/.installed  ## resolve the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --output-file requirements.lock pyproject.toml
+
+demo: setup  ## fine-tune the embedded model naively and with AEGIS, and compare (minutes on a CPU)
+	$(BIN)/hf-aegis demo --output_dir outputs/demo
+
+test: setup lint  ## lint, type-check and run the test suite
+	$(BIN)/python -m pytest -m "not slow" -n 2 -q
+
+test-slow: setup  ## the checks that take minutes
+	$(BIN)/python -m pytest -m slow -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the code in the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## time and memory of naive, two-pass and streaming steps, as ratios
+	$(BIN)/python tests/benchmarks/dual_backward.py
+
+pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
+	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml
+
+record: setup  ## record the demonstrations that ship with the demo (resumable)
+	$(BIN)/hf-aegis data record-libero --config recipes/libero_demo_record.yaml
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

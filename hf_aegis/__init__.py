@@ -1,0 +1,31 @@
+"""Fine-tune a vision-language model into a robot policy without forgetting how to answer questions."""
+
+import importlib
+from typing import Any
+
+
+__version__ = "0.1.0.dev0"
+
+# Public names and where they live. Importing the package stays cheap: a room is opened when its first name is used.
+_EXPORTS = {
+    "ActivationAnchor": "hf_aegis.anchors",
+    "AEGISConfig": "hf_aegis.training",
+    "AEGISTrainer": "hf_aegis.training",
+    "GradientShield": "hf_aegis.gradients",
+    "LiberoDataset": "hf_aegis.data",
+    "PaliGemmaFlowConfig": "hf_aegis.models",
+    "PaliGemmaFlowForAction": "hf_aegis.models",
+    "PaliGemmaFlowProcessor": "hf_aegis.models",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
