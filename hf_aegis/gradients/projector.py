@@ -1,0 +1,149 @@
+"""Bends the gradients of one backward pass, group by group, while autograd delivers them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_aegis.functional.gram_schmidt import one_sided_coefficient
+
+
+Granularity = Literal["layer", "global", "tensor"]
+GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
+
+
+class Combiner(Protocol):
+    """How a task gradient is bent: from scalars of a group to α in `g - α r`."""
+
+    def __call__(self, dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor) -> Tensor: ...
+
+
+class OneSidedGramSchmidt:
+    """AEGIS's combiner: removes the conflicting component and nothing else (arXiv 2604.16067, §3.3)."""
+
+    def __init__(self, eps: float = 1e-12) -> None:
+        if not eps > 0:
+            raise ValueError(f"the projection's eps must be positive, found {eps}")
+        self.eps = eps
+
+    def __call__(self, dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor) -> Tensor:
+        return one_sided_coefficient(dot, reference_squared_norm, self.eps)
+
+
+def inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Inner product of two tensors of one shape, accumulated in float32 or better."""
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return torch.dot(first.reshape(-1).to(dtype), second.reshape(-1).to(dtype))
+
+
+def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
+    """`gradient -= alpha * reference` in place; `alpha` of exactly zero never touches the gradient."""
+    if alpha.device.type == "cpu":
+        if (value := float(alpha)) != 0.0:
+            gradient.sub_(reference, alpha=value)
+        return
+    # Reading `alpha` would make the host wait for the device, so the choice is made there. Half-precision gradients
+    # are bent in float32, lest the coefficient be rounded before it is used.
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    bent = torch.addcmul(gradient.to(wide), reference.to(wide), -alpha.to(wide))
+    gradient.copy_(torch.where(alpha != 0, bent, gradient))
+
+
+class GradientProjector:
+    """
+    Collects task gradients and reference directions of one backward pass and projects each group as soon as it can.
+
+    The vectors of a group run over the tensors that have a task gradient: a parameter that the task does not use
+    stays without a gradient. A reference direction that is not finite leaves its group as it is.
+
+    Args:
+        group_of (`Callable[[str], str]`): The layer-wise group of a parameter's name.
+        granularity (`"layer"`, `"global"` or `"tensor"`): Project each group, all as one vector, or each tensor.
+        combiner ([`Combiner`]): Gives α from a group's scalars.
+    """
+
+    def __init__(self, group_of: Callable[[str], str], granularity: Granularity, combiner: Combiner) -> None:
+        self.combiner = combiner
+        self.granularity = granularity
+        self._group_of = group_of
+        self._references: dict[str, Tensor] = {}
+        self._pending: dict[str, set[str]] = defaultdict(set)
+        self._parameters: dict[str, dict[str, Parameter]] = defaultdict(dict)
+        self._scalars: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+        self._alphas: dict[str, Tensor] = {}
+
+    def unit(self, name: str) -> str:
+        """What is projected as one vector with the parameter `name`."""
+        if self.granularity == "tensor":
+            return name
+        return "global" if self.granularity == "global" else self._group_of(name)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Announces parameters that will receive a reference direction."""
+        for name in names:
+            self._pending[self.unit(name)].add(name)
+
+    def add_reference(self, name: str, reference: Tensor) -> None:
+        """Adds to the reference direction of a parameter; it must precede the parameter's task gradient."""
+        known = self._references.get(name)
+        self._references[name] = reference if known is None else known + reference
+
+    def on_gradient(self, name: str, gradient: Tensor) -> None:
+        """Notes the scalars of this backward pass's task gradient, before it is accumulated."""
+        if gradient.is_sparse:
+            raise NotImplementedError(f"{name} has a sparse gradient; train it with `sparse=False`, or freeze it")
+        squared = inner_product(gradient, gradient)
+        reference = self._references.get(name)
+        if reference is None:
+            zero = torch.zeros_like(squared)
+            self._scalars[self.unit(name)].append((zero, squared, zero))
+            return
+        self._scalars[self.unit(name)].append(
+            (inner_product(gradient, reference), squared, inner_product(reference, reference))
+        )
+
+    def on_accumulated(self, name: str, parameter: Parameter) -> None:
+        """Notes that `parameter.grad` holds the task gradient; projects the group if this was its last tensor."""
+        unit = self.unit(name)
+        self._parameters[unit][name] = parameter
+        pending = self._pending.get(unit)
+        if pending is not None and name in pending:
+            pending.discard(name)
+            if not pending and self.granularity != "global":
+                self._project(unit)
+
+    def finish(self) -> tuple[list[str], Tensor]:
+        """
+        Projects what is left and returns the groups with their scalars, `(G, 4)`: inner product, squared norms of task
+        gradient and reference direction, α.
+        """
+        for unit in list(self._scalars):
+            if unit not in self._alphas:
+                self._project(unit)
+        groups = sorted(self._scalars, key=_natural_order)
+        rows = [torch.cat([self._totals(unit), self._alphas[unit][None]]) for unit in groups]
+        return groups, torch.stack(rows) if rows else torch.zeros(0, 4)
+
+    def drop(self, unit: str) -> None:
+        """Removes the gradients of a group."""
+        for parameter in self._parameters[unit].values():
+            parameter.grad = None
+
+    def _totals(self, unit: str) -> Tensor:
+        return torch.stack([torch.stack(row) for row in self._scalars[unit]]).sum(dim=0)
+
+    def _project(self, unit: str) -> None:
+        alpha = self.combiner(*self._totals(unit))
+        self._alphas[unit] = alpha
+        for name, parameter in self._parameters[unit].items():
+            reference = self._references.pop(name, None)
+            if reference is not None and parameter.grad is not None:
+                _bend(parameter.grad, reference, alpha)
+
+
+def _natural_order(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+    parts = [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return (not name.startswith("layers."), parts)
