@@ -1,0 +1,34 @@
+"""Training data: LIBERO demonstrations and questions about images. Names are imported when first used."""
+
+import importlib
+from typing import Any
+
+
+_EXPORTS = {
+    "DatasetStatistics": "hf_aegis.functional.normalization",
+    "FeatureStatistics": "hf_aegis.functional.normalization",
+    "LiberoConvention": "hf_aegis.data.libero_format",
+    "LiberoDataset": "hf_aegis.data.libero_dataset",
+    "LiberoFormatError": "hf_aegis.data.libero_format",
+    "VQACollator": "hf_aegis.data.vqa",
+    "VQASample": "hf_aegis.data.vqa",
+    "combine": "hf_aegis.data.libero_combine",
+    "format_report": "hf_aegis.data.libero_inspect",
+    "inspect_file": "hf_aegis.data.libero_inspect",
+    "load_easy_vqa": "hf_aegis.data.vqa",
+    "load_statistics": "hf_aegis.data.statistics",
+    "record_demonstrations": "hf_aegis.data.libero_recorder",
+    "save_statistics": "hf_aegis.data.statistics",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

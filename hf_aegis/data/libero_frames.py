@@ -1,0 +1,81 @@
+"""Camera frames of a demonstration: where they lie, what is checked before they are read, and reading one upright."""
+
+import io
+import os
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from hf_aegis.data.libero_format import JPEG_SUFFIX, LiberoConvention, LiberoFormatError
+
+
+def frames_key(camera: str, convention: LiberoConvention) -> str:
+    """Name of the dataset under `obs` that holds a camera's frames."""
+    return camera + JPEG_SUFFIX if convention.frames == "jpeg" else camera
+
+
+def check_frames(frames: h5py.Dataset, convention: LiberoConvention) -> str | None:
+    """What is wrong with a frames dataset's shape or dtype, as far as can be told without reading it."""
+    shape, size = frames.shape, convention.image_size
+    if convention.frames == "jpeg":
+        if h5py.check_vlen_dtype(frames.dtype) != np.uint8 or len(shape) != 1:
+            return f"expected variable-length uint8 of shape (T,), found {frames.dtype} of shape {shape}"
+        return None
+    side = "s" if size is None else size
+    square = len(shape) == 4 and shape[1] == shape[2] > 0 and shape[3] == 3
+    if frames.dtype != np.uint8 or not square or (size is not None and shape[1] != size):
+        return f"expected uint8 of shape (T, {side}, {side}, 3), found {frames.dtype} of shape {shape}"
+    return None
+
+
+def read_frame(frames: h5py.Dataset, step: int, convention: LiberoConvention) -> np.ndarray:
+    """
+    One frame, upright.
+
+    Args:
+        frames (`h5py.Dataset`): raw `(T, s, s, 3)` or JPEG streams `(T,)`.
+        step (`int`): row.
+        convention (`LiberoConvention`): how the frames are stored.
+
+    Returns:
+        `np.ndarray` of shape `(s, s, 3)`, uint8, contiguous.
+
+    Raises:
+        LiberoFormatError: the row cannot be read, is no RGB JPEG, or has another size than the convention states.
+    """
+    row = read_rows(frames, step)
+    if convention.frames == "jpeg":
+        try:
+            row = _decode_jpeg(row.tobytes(), convention.image_size)
+        except ValueError as error:
+            raise LiberoFormatError.at(frames.file.filename, f"{frames.name}[{step}]", str(error)) from error
+    return np.ascontiguousarray(row[::-1] if convention.image_origin == "bottom_left" else row)
+
+
+def read_rows(dataset: h5py.Dataset, rows: int | slice) -> np.ndarray:
+    """
+    Rows of a dataset, and nothing else of it.
+
+    Raises:
+        LiberoFormatError: HDF5 cannot read them (a damaged chunk, a missing compression filter).
+    """
+    try:
+        return dataset[rows]
+    except OSError as error:
+        raise LiberoFormatError.at(
+            os.fspath(dataset.file.filename), dataset.name, f"cannot be read, the file may be damaged: {error}"
+        ) from error
+
+
+def _decode_jpeg(stream: bytes, size: int | None) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(stream), formats=["JPEG"]) as image:
+            if image.mode != "RGB" or image.size != (size, size):
+                raise ValueError(
+                    f"expected an RGB JPEG of {size}x{size} pixels, found {image.mode} of "
+                    f"{image.size[0]}x{image.size[1]}"
+                )
+            return np.array(image)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"undecodable JPEG of {len(stream)} bytes: {error}") from error
