@@ -1,5 +1,17 @@
 """Activation anchors: what a pre-trained model's decoder layers look like on its own data."""
 
+from hf_aegis.anchors.anchor import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
+from hf_aegis.anchors.fingerprint import AnchorFingerprint, AnchorMismatchError
+from hf_aegis.anchors.weight_hash import hash_layer_weights, named_base_parameters
 
-__all__ = ["find_decoder_layers", "unwrap_model"]
+
+__all__ = [
+    "ActivationAnchor",
+    "AnchorFingerprint",
+    "AnchorMismatchError",
+    "find_decoder_layers",
+    "hash_layer_weights",
+    "named_base_parameters",
+    "unwrap_model",
+]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+
 # What data-parallel engines and `torch.compile` call the model they wrap.
 _WRAPPERS = ("module", "_orig_mod")
 

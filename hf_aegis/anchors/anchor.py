@@ -1,0 +1,275 @@
+"""The activation anchor: Gaussian moments of every decoder layer's output on the pre-training task's data."""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_aegis.anchors.collection import collect_moments
+from hf_aegis.anchors.decoder_layers import find_decoder_layers
+from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
+from hf_aegis.functional.moments import Moments, merge_moments
+
+
+class ActivationAnchor:
+    """
+    Mean and variance of each decoder layer's output, per hidden dimension, of a pre-trained model on its own data
+    (arXiv 2604.16067, static Wasserstein anchor). `anchor.mean[l]` and `anchor.variance[l]` are layer `l`'s, `(D,)`.
+
+    Args:
+        mean (`Tensor` of shape `(L, D)`):
+            Means; kept in float32.
+        variance (`Tensor` of shape `(L, D)`):
+            Population variances; kept in float32.
+        fingerprint ([`AnchorFingerprint`]):
+            What the moments were collected from.
+
+    Raises:
+        ValueError: if the shapes differ from each other or from the fingerprint's, a value is not finite, or a
+            variance is negative.
+
+    Example:
+
+    ```python
+    anchor = ActivationAnchor.collect(model, dataloader, dataset_id="HuggingFaceM4/VQAv2")
+    anchor.save_pretrained("my-anchor")
+    ActivationAnchor.from_pretrained("my-anchor").check_compatible(model)
+    ```
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor, fingerprint: AnchorFingerprint):
+        expected = (fingerprint.num_layers, fingerprint.width)
+        for name, tensor in (("mean", mean), ("variance", variance)):
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"anchor {name} has shape {tuple(tensor.shape)}, expected (layers, width) = {expected} "
+                    "as the fingerprint says"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"anchor {name} holds values that are not finite")
+        if bool((variance < 0).any()):
+            raise ValueError("anchor variance holds negative values")
+        self.mean = mean.detach().float()
+        self.variance = variance.detach().float()
+        self.fingerprint = fingerprint
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.fingerprint.num_layers
+
+    @property
+    def width(self) -> int:
+        """Hidden size D."""
+        return self.fingerprint.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the moments are."""
+        return self.mean.device
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        layers: str | nn.ModuleList | None = None,
+        moments: str = "batch",
+        dataset_id: str | None = None,
+        num_batches: int | None = None,
+        progress: bool = True,
+    ) -> "ActivationAnchor":
+        """
+        Runs the model over batches, without gradients and in evaluation mode, and reduces each decoder layer's output
+        to its moments on the fly: float32 or better within a batch, float64 across batches. Hidden states are not
+        kept. The model is left as it was found.
+
+        Args:
+            model (`nn.Module`):
+                A Hugging Face model, wrapped or not; see [`find_decoder_layers`].
+            batches (`Iterable[Mapping[str, Any]]`):
+                Forward arguments, e.g. a `DataLoader`. Tensors are moved to the model's device. Tokens with a zero in
+                `attention_mask` `(B, T)` do not count; a batch without one counts all its tokens. `labels` are not
+                needed and left out, but give `token_type_ids` to models with a prefix mask (PaliGemma).
+            layers (`str` or `nn.ModuleList`, *optional*):
+                Where the layers are, for models in which they are not found.
+            moments (`str`, *optional*, defaults to `"batch"`):
+                `"batch"` averages each batch's mean and variance over the batches, as the paper does, so that the
+                variance depends on the batch size. `"pooled"` is exact over all tokens, whatever the batching.
+            dataset_id (`str`, *optional*):
+                Recorded in the fingerprint.
+            num_batches (`int`, *optional*):
+                Stops after that many; an iterable with fewer is an error. All by default.
+            progress (`bool`, *optional*, defaults to `True`):
+                Shows progress bars.
+
+        Returns:
+            [`ActivationAnchor`], on the CPU.
+
+        Raises:
+            ValueError: if no layers are found, there are no or too few batches, an attention mask does not fit the
+                layers' tokens or leaves none, or a statistic is not finite.
+        """
+        stack = find_decoder_layers(model, layers)
+        # Before the long part, so that weights that cannot be hashed do not cost a whole collection.
+        description = describe_model(model, stack)
+        collected = collect_moments(model, batches, stack, moments=moments, num_batches=num_batches, progress=progress)
+        fingerprint = AnchorFingerprint(
+            **{
+                **description,
+                **describe_origin(model, stack),
+                "width": collected.mean.shape[-1],
+                "moments": moments,
+                "num_samples": collected.num_samples,
+                "num_tokens": collected.num_tokens,
+                "num_batches": collected.num_batches,
+                "dataset_id": dataset_id,
+            }
+        )
+        return cls(collected.mean, collected.variance, fingerprint)
+
+    @classmethod
+    def merge(cls, anchors: Sequence["ActivationAnchor"]) -> "ActivationAnchor":
+        """
+        One anchor from partial collections (e.g. one per process) of the same model, data set and policies: the
+        anchor that a single collection over all the batches would have given, to rounding.
+
+        Args:
+            anchors (`Sequence[ActivationAnchor]`):
+                At least one. They count by their batches (`"batch"`) or by their tokens (`"pooled"`).
+
+        Raises:
+            AnchorMismatchError: if they differ in model, data set or policy; every such field is named.
+            ValueError: if there are none.
+        """
+        if not anchors:
+            raise ValueError("no anchors to merge")
+        fingerprint = anchors[0].fingerprint
+        for anchor in anchors[1:]:
+            fingerprint = fingerprint.merged_with(anchor.fingerprint)
+        if fingerprint.moments == "pooled":
+            total = anchors[0]._pooled_moments()
+            for anchor in anchors[1:]:
+                total = merge_moments(total, anchor._pooled_moments())
+            return cls(total.mean, total.variance, fingerprint)
+        weights = torch.tensor([anchor.fingerprint.num_batches for anchor in anchors], dtype=torch.float64)
+        weights = (weights / weights.sum())[:, None, None]
+        mean = (torch.stack([anchor.mean.cpu().double() for anchor in anchors]) * weights).sum(dim=0)
+        variance = (torch.stack([anchor.variance.cpu().double() for anchor in anchors]) * weights).sum(dim=0)
+        return cls(mean, variance, fingerprint)
+
+    def _pooled_moments(self) -> Moments:
+        count = torch.tensor(float(self.fingerprint.num_tokens), dtype=torch.float64)
+        return Moments(count, self.mean.cpu().double(), self.variance.cpu().double() * count)
+
+    def check_compatible(
+        self, model: nn.Module, *, layers: str | nn.ModuleList | None = None, check: str = "weights"
+    ) -> None:
+        """
+        Refuses a model that this anchor was not collected from.
+
+        Args:
+            model (`nn.Module`):
+                The model, wrapped or not. PEFT adapters that are not merged do not matter, nor does the dtype.
+            layers (`str` or `nn.ModuleList`, *optional*):
+                Where the layers are, for models in which they are not found.
+            check (`str`, *optional*, defaults to `"weights"`):
+                `"weights"` compares layer count, width, attention implementation and the hash of the layers' weights.
+                `"shape"` compares layer count and width only: for a model that has been trained since.
+
+        Raises:
+            AnchorMismatchError: naming every field that differs, with both sides.
+            ValueError: if no layers are found or `check` is unknown.
+        """
+        self.fingerprint.check_model(describe_model(model, find_decoder_layers(model, layers), check=check))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """
+        Writes `anchor.safetensors` and `anchor_config.json`, each atomically.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Created where it is missing.
+
+        Returns:
+            `Path`: the folder.
+        """
+        return write_anchor(folder, {"mean": self.mean, "variance": self.variance}, self.fingerprint.to_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> "ActivationAnchor":
+        """
+        Loads an anchor from a folder, or from a dataset repository on the Hub.
+
+        Args:
+            folder_or_repo_id (`str` or `os.PathLike`):
+                A local folder, or else a repository id such as `"org/paligemma2-3b-mix-224-vqav2-anchor"`.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*):
+                Token for the Hub; the stored one by default.
+            cache_dir (`str` or `os.PathLike`, *optional*):
+                Where downloads are kept.
+            local_files_only (`bool`, *optional*, defaults to `False`):
+                Uses the cache only, without a network call.
+
+        Returns:
+            [`ActivationAnchor`], on the CPU.
+
+        Raises:
+            OSError: if neither a folder nor a repository holds the files.
+            ValueError: if a file is corrupt, is no activation anchor, or has a newer format.
+        """
+        tensors_file, config_file = locate_anchor(
+            folder_or_repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        tensors, fields = read_anchor(tensors_file, config_file)
+        try:
+            fingerprint = AnchorFingerprint.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from error
+        try:
+            return cls(tensors["mean"], tensors["variance"], fingerprint)
+        except ValueError as error:
+            raise ValueError(f"{tensors_file}: {error}") from error
+
+    def to(self, device: str | torch.device) -> "ActivationAnchor":
+        """A copy of this anchor with its moments on `device`."""
+        moved = copy.copy(self)
+        moved.mean, moved.variance = self.mean.to(device), self.variance.to(device)
+        return moved
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ActivationAnchor):
+            return NotImplemented
+        return (
+            self.fingerprint == other.fingerprint
+            and torch.equal(self.mean.cpu(), other.mean.cpu())
+            and torch.equal(self.variance.cpu(), other.variance.cpu())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        fields = dataclasses.asdict(self.fingerprint)
+        shown = ("base_model", "dataset_id", "moments", "num_layers", "width", "num_samples", "num_tokens")
+        return f"ActivationAnchor({', '.join(f'{name}={fields[name]!r}' for name in shown)})"

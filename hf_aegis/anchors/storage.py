@@ -1,0 +1,134 @@
+"""Anchor files: `anchor.safetensors` (the moments) and `anchor_config.json` (what they were collected from)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hf_aegis.anchors.fingerprint import FORMAT_VERSION
+
+
+ANCHOR_TENSORS = "anchor.safetensors"
+ANCHOR_CONFIG = "anchor_config.json"
+ANCHOR_TYPE = "activation"
+
+
+def write_anchor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], fingerprint: dict[str, Any]) -> Path:
+    """
+    Writes both files, each atomically, and the hash of the tensors into the configuration, so that a pair of which
+    only one half was replaced is noticed when it is read.
+
+    Returns:
+        `Path`: the folder, created where it was missing.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    config = {
+        "anchor_type": ANCHOR_TYPE,
+        **fingerprint,
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    _write_atomically(target / ANCHOR_TENSORS, data)
+    _write_atomically(target / ANCHOR_CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    return target
+
+
+def read_anchor(tensors_file: Path, config_file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """
+    Reads both files.
+
+    Returns:
+        `tuple`: `mean` and `variance` by name, and the fields of the fingerprint.
+
+    Raises:
+        ValueError: if a file is corrupt, is no anchor, or has a newer format; the file and the key are named.
+    """
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+    found_type = config.get("anchor_type") if isinstance(config, dict) else None
+    if found_type != ANCHOR_TYPE:
+        raise ValueError(f"{config_file}: key 'anchor_type' is {found_type!r}, expected {ANCHOR_TYPE!r}")
+    found_version = config.get("format_version")
+    if not isinstance(found_version, int) or not 1 <= found_version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{config_file}: key 'format_version' is {found_version!r}, this version of hf-aegis reads 1 to "
+            f"{FORMAT_VERSION}; a newer file needs a newer hf-aegis"
+        )
+    data = tensors_file.read_bytes()
+    found_hash, expected_hash = hashlib.sha256(data).hexdigest(), config.get("tensors_sha256")
+    if found_hash != expected_hash:
+        raise ValueError(
+            f"{tensors_file} is corrupt or belongs to another anchor: its SHA-256 is {found_hash}, key "
+            f"'tensors_sha256' of {config_file} says {expected_hash}"
+        )
+    try:
+        tensors = load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{tensors_file} is not a safetensors file: {error}") from error
+    if set(tensors) != {"mean", "variance"}:
+        raise ValueError(f"{tensors_file} holds the keys {sorted(tensors)}, expected ['mean', 'variance']")
+    fingerprint = {name: value for name, value in config.items() if name not in ("anchor_type", "tensors_sha256")}
+    return tensors, fingerprint
+
+
+def locate_anchor(
+    folder_or_repo_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, Path]:
+    """
+    Local paths of an anchor's tensors and configuration, from a folder or from a dataset repository on the Hub.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file.
+        OSError: if there is no such folder and the Hub did not deliver either.
+    """
+    folder = Path(folder_or_repo_id)
+    if folder.is_dir():
+        for name in (ANCHOR_CONFIG, ANCHOR_TENSORS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no anchor: {folder / name} is missing")
+        return folder / ANCHOR_TENSORS, folder / ANCHOR_CONFIG
+    repo_id = os.fspath(folder_or_repo_id)
+    try:
+        files = [
+            hf_hub_download(
+                repo_id,
+                name,
+                repo_type="dataset",
+                revision=revision,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+            )
+            for name in (ANCHOR_TENSORS, ANCHOR_CONFIG)
+        ]
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise OSError(
+            f"no anchor at {repo_id!r}: it is not a local folder, and as a dataset repository on the Hub "
+            f"(revision {revision or 'main'}): {error}"
+        ) from error
+    return Path(files[0]), Path(files[1])
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
