@@ -8,11 +8,14 @@ from pathlib import Path
 import h5py
 from tqdm import tqdm
 
-from hf_aegis.data.libero_files import find_data_groups, open_libero_file, resolve_files
+from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, resolve_files
 from hf_aegis.data.libero_hdf5 import read_demonstration, read_task
 
 
 logger = logging.getLogger(__name__)
+
+# The compact group layout, readable since HDF5 1.10: "latest" would lock out readers older than the writer.
+_LIBRARY_VERSIONS = ("v110", "v114")
 
 
 def combine(
@@ -55,9 +58,9 @@ def combine(
     temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     origins: dict[str, str] = {}
     try:
-        with h5py.File(temporary, "w") as target:
+        with h5py.File(temporary, "w", libver=_LIBRARY_VERSIONS) as target:
             for path in tqdm(files, desc="combine", unit="file", delay=2):
-                with open_libero_file(path) as source:
+                with open_libero_file(path) as source, naming_damage(path):
                     for group in find_data_groups(source):
                         _copy(group, target, suite, origins)
         os.replace(temporary, output)

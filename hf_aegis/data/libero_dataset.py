@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from hf_aegis.data.libero_files import find_data_groups, open_libero_file, resolve_files
+from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, resolve_files
 from hf_aegis.data.libero_format import (
     ACTION_DIMENSION,
     CAMERAS,
@@ -139,34 +139,16 @@ class LiberoDataset(Dataset):
         files = resolve_files(paths)
         tasks = _select(_read_tasks(files, image_origin, observation), instructions)
         self._stamps = {file: _stamp(file) for file in files}
-        digest = hashlib.sha256()
-        samples: dict[str, list[np.ndarray]] = {"state": [], "actions": []}
-        with tqdm(total=sum(len(task.demonstrations) for task in tasks), desc="demonstrations", delay=2) as progress:
-            for task in tasks:
-                file = self._open(task.file)
-                chosen, reference = _split(task, split, held_out_per_task)
-                for path in task.demonstrations:
-                    progress.update()
-                    demonstration = read_demonstration(file[path], task.convention, self.cameras)
-                    assert demonstration is not None  # the strict report raises instead
-                    actions = demonstration.actions[task.convention.action_offset :]
-                    state = demonstration.state[: len(actions)]
-                    if statistics is None and path in reference:
-                        samples["state"].append(state)
-                        samples["actions"].append(actions)
-                    if path in chosen:
-                        self._episodes.append(
-                            _Episode(task.file, path, task.instruction, task.convention, len(actions))
-                        )
-                        _update(digest, task, demonstration)
-        self._close()
+        try:
+            samples, self.fingerprint = self._scan(tasks, split, held_out_per_task)
+        finally:
+            self._close()
         if short_demonstrations == "error":
             self._refuse_short()
         self._ends = np.cumsum([episode.length for episode in self._episodes]).tolist()
         self.instructions = list(dict.fromkeys(episode.instruction for episode in self._episodes))
-        self.fingerprint = digest.hexdigest()
         self.statistics = statistics or DatasetStatistics(
-            **{key: FeatureStatistics.from_samples(key, np.concatenate(values)) for key, values in samples.items()}
+            **{key: FeatureStatistics.from_samples(key, values) for key, values in samples.items()}
         )
 
     def __len__(self) -> int:
@@ -180,16 +162,18 @@ class LiberoDataset(Dataset):
         episode = self._episodes[position]
         step = index - (self._ends[position] - episode.length)
 
-        group = self._open(episode.file)[episode.path]
-        first = step + episode.convention.action_offset
-        actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
+        with naming_damage(episode.file):
+            group = self._open(episode.file)[episode.path]
+            first = step + episode.convention.action_offset
+            actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
+            state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in STATE_FEATURES])
+            images = [self._image(group, camera, step, episode.convention) for camera in self.cameras]
         actions = np.concatenate([actions, np.repeat(actions[-1:], self.chunk_size - len(actions), axis=0)])
-        state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in STATE_FEATURES])
         if self.normalize:
             actions = normalize(actions, self.statistics.actions)
             state = normalize(state, self.statistics.state)
         return {
-            "images": [self._image(group, camera, step, episode.convention) for camera in self.cameras],
+            "images": images,
             "state": torch.from_numpy(state.astype(np.float32)),
             "actions": torch.from_numpy(actions.astype(np.float32)),
             "action_is_pad": torch.arange(self.chunk_size) >= episode.length - step,
@@ -198,6 +182,30 @@ class LiberoDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
+
+    def _scan(
+        self, tasks: list[RecordedTask], split: str, held_out_per_task: int
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """Checks every demonstration, lists the chosen ones; the training steps `(N, D)` and the fingerprint."""
+        digest = hashlib.sha256()
+        states, actions = [], []
+        with tqdm(total=sum(len(task.demonstrations) for task in tasks), desc="demonstrations", delay=2) as progress:
+            for task in tasks:
+                chosen, reference = _split(task, split, held_out_per_task)
+                file = self._open(task.file)
+                for path in task.demonstrations:
+                    with naming_damage(task.file):
+                        demonstration = read_demonstration(file[path], task.convention, self.cameras)
+                    assert demonstration is not None  # the strict report raises instead
+                    usable = len(demonstration.actions) - task.convention.action_offset
+                    if path in reference:
+                        states.append(demonstration.state[:usable])
+                        actions.append(demonstration.actions[-usable:])
+                    if path in chosen:
+                        self._episodes.append(_Episode(task.file, path, task.instruction, task.convention, usable))
+                        _update(digest, task, demonstration)
+                    progress.update()
+        return {"state": np.concatenate(states), "actions": np.concatenate(actions)}, digest.hexdigest()
 
     def _image(self, group: h5py.Group, camera: str, step: int, convention: LiberoConvention) -> np.ndarray:
         frame = read_frame(group[f"obs/{frames_key(camera, convention)}"], step, convention)
@@ -239,7 +247,7 @@ class LiberoDataset(Dataset):
 def _read_tasks(files: Sequence[str], image_origin: str, observation: str) -> list[RecordedTask]:
     tasks = []
     for path in files:
-        with open_libero_file(path) as file:
+        with open_libero_file(path) as file, naming_damage(path):
             for group in find_data_groups(file):
                 task = read_task(group, image_origin=image_origin, observation=observation)
                 assert task is not None  # the strict report raises instead

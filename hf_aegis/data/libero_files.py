@@ -1,7 +1,8 @@
 """Demonstration files: naming, opening, and walking them without leaving them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -69,6 +70,20 @@ def open_libero_file(path: str | os.PathLike) -> h5py.File:
         raise LiberoFormatError(f"{path}: HDF5 cannot open it, it may be truncated: {error}") from error
 
 
+@contextmanager
+def naming_damage(path: str | os.PathLike) -> Iterator[None]:
+    """
+    Names the file where HDF5 stumbles over a damaged structure, which h5py reports as one of several exceptions.
+
+    Raises:
+        LiberoFormatError: in place of the `KeyError`, `OSError` or `RuntimeError` that h5py raised.
+    """
+    try:
+        yield
+    except (KeyError, OSError, RuntimeError) as error:
+        raise LiberoFormatError(f"{os.fspath(path)}: damaged HDF5 structure: {error}") from error
+
+
 def find_data_groups(file: h5py.File, report: Report = refuse) -> list[h5py.Group]:
     """
     Every `data` group of a file, sorted by path. Problems reported: links that leave the file or alias a place in it
@@ -99,16 +114,15 @@ def read_child(group: h5py.Group, name: str, report: Report) -> h5py.Group | h5p
     """A group's entry, unless it is a link or has its data elsewhere: a file must not make others be read."""
     location = f"{group.name.rstrip('/')}/{name}"
     link = group.get(name, getlink=True)
+    if link is None:
+        report(LiberoFormatError.at(group.file.filename, location, "damaged HDF5 link"))
+        return None
     if not isinstance(link, h5py.HardLink):
         target = f"{link.filename}:{link.path}" if isinstance(link, h5py.ExternalLink) else link.path
         kind = "an external" if isinstance(link, h5py.ExternalLink) else "a soft"
         report(LiberoFormatError.at(group.file.filename, location, f"{kind} link (to {target}), links are refused"))
         return None
-    try:
-        child = group[name]
-    except (KeyError, OSError, RuntimeError) as error:
-        report(LiberoFormatError.at(group.file.filename, location, f"damaged HDF5 object: {error}"))
-        return None
+    child = group[name]
     if isinstance(child, h5py.Dataset) and (child.is_virtual or child.external):
         report(LiberoFormatError.at(group.file.filename, location, "its data lies in other files, which is refused"))
         return None

@@ -95,7 +95,7 @@ def read_task(
     for name in group:
         match = _DEMONSTRATION_NAME.fullmatch(name)
         if match is None:
-            problem(f"/{name}", "unexpected entry, expected demonstrations called demo_<number>")
+            problem(f"/{name}", "unexpected entry, expected groups called demo_<number>")
         elif isinstance(read_child(group, name, report), h5py.Group):
             names[name] = int(match[1])
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import h5py
 import numpy as np
 
-from hf_aegis.data.libero_files import find_data_groups, open_libero_file, read_child
+from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, read_child
 from hf_aegis.data.libero_format import CAMERAS, LiberoConvention, LiberoFormatError
 from hf_aegis.data.libero_frames import check_frames, frames_key, read_frame, read_rows
 from hf_aegis.data.libero_hdf5 import Demonstration, RecordedTask, read_demonstration, read_task
@@ -59,7 +59,7 @@ def inspect_file(path: str | os.PathLike) -> FileReport:
     report = FileReport(os.fspath(path))
     demonstrations: list[Demonstration] = []
     try:
-        with open_libero_file(path) as file:
+        with open_libero_file(path) as file, naming_damage(path):
             for group in find_data_groups(file, lambda error: _collect(report, error)):
                 _inspect_task(group, report, demonstrations)
     except (LiberoFormatError, FileNotFoundError) as error:

@@ -18,7 +18,7 @@ def _frames(length: int, camera: int, demonstration: int) -> np.ndarray:
     frames = np.zeros((length, SIZE, SIZE, 3), np.uint8)
     frames[:, : SIZE // 2, :, 0] = 40 + np.arange(length)[:, None, None]
     frames[:, : SIZE // 2, :, 1] = 100 + 50 * camera
-    frames[:, : SIZE // 2, :, 2] = 60 + 20 * demonstration
+    frames[:, : SIZE // 2, :, 2] = 60 + 10 * demonstration
     return frames
 
 

@@ -46,7 +46,7 @@ def test_recorded_observations_meet_the_action_of_the_same_step(libero_files, ki
     state = np.concatenate([expected["joint_states"][2], expected["gripper_states"][2]])
     np.testing.assert_allclose(item["state"], state, rtol=1e-6)
     for camera, image in enumerate(item["images"]):
-        np.testing.assert_allclose(image[0, 0], [42, 100 + 50 * camera, 80], atol=2)  # JPEG rounds
+        np.testing.assert_allclose(image[0, 0], [42, 100 + 50 * camera, 70], atol=2)  # JPEG rounds
         np.testing.assert_allclose(image[-1, 0], [0, 0, 0], atol=2)
 
 
@@ -57,7 +57,7 @@ def test_released_observations_meet_the_next_action_and_frames_are_turned_uprigh
     item = dataset[5 + 2]
     np.testing.assert_allclose(item["actions"], expected["actions"][3:6], rtol=1e-6)
     np.testing.assert_allclose(item["state"][:7], expected["joint_states"][2], rtol=1e-6)
-    np.testing.assert_array_equal(item["images"][1][0, 0], [42, 150, 80])
+    np.testing.assert_array_equal(item["images"][1][0, 0], [42, 150, 70])
     np.testing.assert_array_equal(item["images"][1][-1, 0], [0, 0, 0])
     assert item["images"][0].flags["C_CONTIGUOUS"]
 
