@@ -1,0 +1,102 @@
+"""Between a plain PaliGemma and one with an action expert: checkpoints, configurations, attention implementations."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
+
+
+_PARTS = ("text_config", "vision_config")
+_FLOW_FIELDS = frozenset(PaliGemmaFlowConfig.__annotations__)
+
+
+def load_vlm(
+    name: str, attn_implementation: str | dict, dtype: torch.dtype | str | None, vlm_kwargs: dict[str, Any]
+) -> PaliGemmaForConditionalGeneration:
+    """
+    Loads a stock PaliGemma checkpoint.
+
+    Args:
+        name (`str`): folder, or name on the Hub.
+        attn_implementation (`str` or `dict`): for the whole model, or by part; `"eager"` for parts not named.
+        dtype (`torch.dtype` or `str`, *optional*): as of `from_pretrained`.
+        vlm_kwargs (`dict`): further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint already has an action expert or is not a PaliGemma, or `"sdpa"` is asked for where
+            attention scores are soft-capped.
+    """
+    located = {key: vlm_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in vlm_kwargs}
+    config: Any = AutoConfig.from_pretrained(name, **located)
+    if isinstance(config, PaliGemmaFlowConfig):
+        raise ValueError(f"'{name}' already has an action expert: load it with PaliGemmaFlowForAction.from_pretrained")
+    if not isinstance(config, PaliGemmaConfig):
+        raise ValueError(f"'{name}' is not a PaliGemma: its configuration has model_type '{config.model_type}'")
+    if isinstance(attn_implementation, str):
+        attn_implementation = dict.fromkeys(("", *_PARTS), attn_implementation)
+    attn_implementation = dict.fromkeys(("", *_PARTS), "eager") | attn_implementation
+    _refuse_sdpa_with_softcapping(config, attn_implementation["text_config"])
+    arguments = vlm_kwargs if dtype is None else {**vlm_kwargs, "dtype": dtype}
+    return PaliGemmaForConditionalGeneration.from_pretrained(
+        name, attn_implementation=attn_implementation, **arguments
+    )
+
+
+def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any]) -> PaliGemmaFlowConfig:
+    """
+    The configuration of `vlm` with an action expert. Its parts are shared with the loaded modules.
+
+    Args:
+        vlm (`PaliGemmaForConditionalGeneration`): the plain model.
+        overrides (`dict`): fields of [`PaliGemmaFlowConfig`] that a plain PaliGemma does not have.
+
+    Raises:
+        ValueError: an override is not one of these fields.
+    """
+    if unknown := sorted(set(overrides) - _FLOW_FIELDS):
+        raise ValueError(
+            f"not a field of the action expert: {', '.join(unknown)}; there are {', '.join(sorted(_FLOW_FIELDS))}"
+        )
+    name = {"vlm_name_or_path": vlm.name_or_path or None}
+    return _convert(vlm.config, PaliGemmaFlowConfig, name | overrides)  # type: ignore[return-value]
+
+
+def plain_config(config: PaliGemmaFlowConfig) -> PaliGemmaConfig:
+    """The configuration of the plain vision-language model inside; its parts are shared."""
+    return _convert(config, PaliGemmaConfig, {})
+
+
+def default_to_eager(config: PaliGemmaFlowConfig) -> None:
+    """
+    Sets `"eager"` attention wherever the configuration leaves the choice open.
+
+    Raises:
+        ValueError: `"sdpa"` was chosen for a language model that soft-caps its attention scores.
+    """
+    chosen = {"": config._attn_implementation or "eager"}
+    for part in _PARTS:
+        chosen[part] = getattr(config, part)._attn_implementation or "eager"
+    _refuse_sdpa_with_softcapping(config, chosen["text_config"])
+    config._attn_implementation = chosen
+
+
+def _convert(config: PaliGemmaConfig, target: type[PaliGemmaConfig], additions: dict[str, Any]) -> PaliGemmaConfig:
+    dropped = {"model_type", "architectures", *_FLOW_FIELDS}
+    fields = {key: value for key, value in config.to_dict().items() if key not in dropped}
+    # Shared rather than copied: `to_dict` drops which attention implementation the loaded modules use.
+    fields |= {part: getattr(config, part) for part in _PARTS} | additions
+    converted = target(**fields)
+    converted._attn_implementation_internal = config._attn_implementation
+    return converted
+
+
+def _refuse_sdpa_with_softcapping(config: PaliGemmaConfig, attn_implementation: str) -> None:
+    text_config = config.get_text_config()
+    cap = getattr(text_config, "attn_logit_softcapping", None)
+    if attn_implementation == "sdpa" and cap is not None:
+        raise ValueError(
+            f"attn_implementation='sdpa' does not fit the language model '{text_config.model_type}': it soft-caps its "
+            f"attention scores at {cap}, which scaled_dot_product_attention cannot do; use 'eager'"
+        )
