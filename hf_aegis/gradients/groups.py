@@ -1,6 +1,6 @@
 """Which trainable parameters are projected together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -19,12 +19,13 @@ class ParameterGroups:
 
     Args:
         model (`torch.nn.Module`): The model that is trained.
-        layers (`Sequence[torch.nn.Module]`): Its decoder layers, lowest first.
+        layers (`Iterable[torch.nn.Module]`): Its decoder layers, lowest first.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
+        layers = list(layers)
         module_names = {id(module): name for name, module in model.named_modules()}
         missing = [index for index, layer in enumerate(layers) if id(layer) not in module_names]
         if missing:

@@ -1,0 +1,170 @@
+"""
+Step time and peak memory of naive, two-pass and streaming steps on a decoder-dominated model, as ratios.
+
+Every variant runs in a process of its own for peak memory; for time, all variants take turns in one process, so that
+the machine's drift hits them alike. Writes a Markdown table and, with `--output`, the same figures as JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.gradients import GradientShield
+
+
+VARIANTS = ("naive", "two_pass", "streaming")
+
+
+def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2ForCausalLM, dict, ActivationAnchor]:
+    """A random Gemma2 decoder whose layers outweigh its embeddings, one batch, and an anchor of other inputs."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=arguments.width,
+        intermediate_size=4 * arguments.width,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=arguments.width // 8,
+        vocab_size=512,
+        max_position_embeddings=arguments.tokens,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    model = Gemma2ForCausalLM(config).train()
+    shape = (arguments.batch, arguments.tokens)
+    anchor = ActivationAnchor.collect(
+        model, [{"input_ids": torch.randint(512, shape), "attention_mask": torch.ones(shape)}], progress=False
+    )
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = torch.randint(512, shape)
+    return model, {"input_ids": inputs, "attention_mask": torch.ones(shape), "labels": inputs}, anchor
+
+
+def step(model: Gemma2ForCausalLM, batch: dict, shield: GradientShield | None) -> None:
+    """One forward and backward pass; gradients are dropped afterwards, as an optimiser would."""
+    with shield if shield is not None else nullcontext():
+        model(**batch).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def shields(model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> dict[str, GradientShield | None]:
+    """The compared variants."""
+    return {"naive": None} | {name: GradientShield(model, anchor, dual_backward=name) for name in VARIANTS[1:]}
+
+
+def time_variants(arguments: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
+    """Median milliseconds and the median of the paired ratios to the naive step."""
+    model, batch, anchor = build(arguments, checkpointing)
+    variants = shields(model, anchor)
+    for shield in variants.values():
+        step(model, batch, shield)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.repeats):
+        for name, shield in variants.items():
+            start = time.perf_counter()
+            step(model, batch, shield)
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "step_ms": 1e3 * statistics.median(values),
+            "step_ratio": statistics.median(v / n for v, n in zip(values, seconds["naive"], strict=True)),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def resident_mb() -> float:
+    """Resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_memory(arguments: argparse.Namespace, checkpointing: bool, name: str, result: "multiprocessing.Queue") -> None:
+    """Puts the rise of resident memory during steps, over the model at rest, into `result`."""
+    torch.set_num_threads(1)
+    model, batch, anchor = build(arguments, checkpointing)
+    shield = shields(model, anchor)[name]
+    rest = resident_mb()
+    peak = rest
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident_mb())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(2):
+        step(model, batch, shield)
+    done.set()
+    watcher.join()
+    result.put(peak - rest)
+
+
+def measure_memory(arguments: argparse.Namespace, checkpointing: bool, name: str) -> float:
+    """Peak memory of one variant in a fresh process whose allocator returns what it frees."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
+    process = context.Process(target=peak_memory, args=(arguments, checkpointing, name, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def main(progress: Callable[[str], None] = print) -> None:
+    """Measures, prints a Markdown table and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=280)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for checkpointing in (False, True):
+        timings = time_variants(arguments, checkpointing)
+        for name, timing in timings.items():
+            memory = measure_memory(arguments, checkpointing, name)
+            rows.append({"variant": name, "checkpointing": checkpointing, **timing, "peak_mb": memory})
+    model, _, _ = build(arguments, False)
+    layer_mb = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters()) / 2**20
+    all_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    progress(
+        f"Gemma2 decoder, width {arguments.width}, {arguments.layers} layers, {arguments.batch} × {arguments.tokens} "
+        f"tokens, float32, {torch.get_num_threads()} threads on {platform.machine()}; torch {torch.__version__}. "
+        f"Gradients: {layer_mb:.0f} MB a layer, {all_mb:.0f} MB in all.\n"
+    )
+    progress("| checkpointing | step | ms | × naive | peak memory, MB | over naive, MB |")
+    progress("|---|---|---|---|---|---|")
+    for row in rows:
+        naive = next(r for r in rows if r["variant"] == "naive" and r["checkpointing"] == row["checkpointing"])
+        row["extra_mb"] = row["peak_mb"] - naive["peak_mb"]
+        progress(
+            f"| {'yes' if row['checkpointing'] else 'no'} | {row['variant']} | {row['step_ms']:.0f} | "
+            f"{row['step_ratio']:.2f} | {row['peak_mb']:.0f} | {row['extra_mb']:+.0f} |"
+        )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"settings": vars(arguments) | {"output": None}, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
