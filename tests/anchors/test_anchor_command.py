@@ -1,0 +1,163 @@
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText, PaliGemmaProcessor, PreTrainedTokenizerFast
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.cli import anchor as command
+
+
+# The PaliGemma processor of transformers hands NumPy a tensor, whose `__array__` knows no `copy`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm(tmp_path_factory, build_model):
+    """A folder with a tiny random PaliGemma2 and a word-level processor."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-vlm"
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "answer", "en", "what", "is", "red", "blue"]
+    words += [f"<filler{index}>" for index in range(60 - len(words))]  # so that <image> gets the model's image token
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 4
+    processor = PaliGemmaProcessor(images, fast)
+    assert processor.image_token_id == 60
+    model = build_model("paligemma2")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A folder with a data set of 6 questions, two of them about greyscale images."""
+    folder = tmp_path_factory.mktemp("data")
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)
+    images = [Image.fromarray(array).convert("L" if index < 2 else "RGB") for index, array in enumerate(pixels)]
+    rows = {"image": images, "question": ["what is red"] * 6, "best": ["red", "blue"] * 3, "all": [["red"]] * 6}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "question": datasets.Value("string"),
+            "best": datasets.Value("string"),
+            "all": datasets.List(datasets.Value("string")),
+        }
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pause_between_streams(monkeypatch):
+    """`datasets` sleeps for seconds when a stream ends."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+def parse(*options):
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
+def test_easy_vqa_anchor_is_collected_saved_and_fits(tiny_vlm, tmp_path, capsys):
+    output_dir = tmp_path / "anchor"
+    options = ("--model", tiny_vlm, "--num_samples", 7, "--batch_size", 3, "--output_dir", output_dir)
+    assert command.run(parse("--config", RECIPES / "anchor_easy_vqa.yaml", *options)) == 0
+    anchor = ActivationAnchor.from_pretrained(output_dir)
+    assert (anchor.fingerprint.num_samples, anchor.fingerprint.num_batches) == (7, 3)
+    assert anchor.fingerprint.dataset_id == "easy-vqa:train"
+    assert anchor.fingerprint.base_model == "tiny-vlm"
+    model = AutoModelForImageTextToText.from_pretrained(tiny_vlm, attn_implementation="eager")
+    anchor.check_compatible(model)
+    recipe = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    assert (recipe["model"], recipe["num_samples"], recipe["moments"]) == (str(tiny_vlm), 7, "batch")
+    assert "num_samples=7" in capsys.readouterr().out
+
+
+def test_the_resolved_recipe_repeats_the_run(tiny_vlm, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--moments", "pooled", "--output_dir", first))
+    command.run(parse("--config", first / "recipe.yaml", "--output_dir", second))
+    assert ActivationAnchor.from_pretrained(first) == ActivationAnchor.from_pretrained(second)
+
+
+def test_a_streamed_dataset_is_collected(tiny_vlm, questions, tmp_path):
+    options = ["--model", tiny_vlm, "--dataset", questions, "--answer_column", "best", "--batch_size", 2]
+    options += ["--output_dir", tmp_path, "--dtype", "bfloat16"]
+    command.run(parse(*options, "--num_samples", 6))
+    anchor = ActivationAnchor.from_pretrained(tmp_path)
+    # 6 × (4 image tokens, beginning of sentence, "answer en what is red", line break, answer, end of sentence)
+    assert anchor.fingerprint.num_tokens == 6 * (4 + 1 + 5 + 1 + 1 + 1)
+    assert anchor.fingerprint.dtype == "bfloat16"
+    assert torch.isfinite(anchor.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--answer_column", "best", "--num_samples", 9), "num_batches=5, but the iterable ended after 3"),
+        (("--answer_column", "best", "--num_samples", 7, "--batch_size", 4), "gave 6 samples, but num_samples is 7"),
+        (("--answer_column", "nothing", "--num_samples", 2), r"no value in column 'nothing'.*'all', 'best', 'image'"),
+        (("--answer_column", "all", "--num_samples", 2), "column 'all' holds a list, expected a string"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, options, message):
+    base = ("--model", tiny_vlm, "--dataset", questions, "--batch_size", 2, "--output_dir", tmp_path / "anchor")
+    with pytest.raises(ValueError, match=message):
+        command.run(parse(*base, *options))
+    assert not (tmp_path / "anchor").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("number_samples: 3", r"recipe\.yaml: unknown keys \['number_samples'\]"),
+        ("num_samples: '3'", r"recipe\.yaml: key 'num_samples' is '3', expected int"),
+        ("revision: 3", "key 'revision' is 3, expected str"),
+        ("- model", r"recipe\.yaml holds a list, expected a mapping"),
+        ("model: [", r"recipe\.yaml is not valid YAML"),
+        ("moments: exact", r"moments must be one of \('batch', 'pooled'\), found 'exact'"),
+        ("dtype: float16", "dtype must be one of"),
+        ("batch_size: 0", "batch_size must be at least 1, found 0"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        command.resolve_recipe(parse("--config", path))
+
+
+@pytest.mark.parametrize("name", ["anchor_easy_vqa", "anchor_paligemma2_3b_vqav2"])
+def test_shipped_recipes_resolve_to_what_they_say(name):
+    path = RECIPES / f"{name}.yaml"
+    recipe = command.resolve_recipe(parse("--config", path))
+    assert recipe.num_samples == 3000
+    assert recipe.num_samples % recipe.batch_size == 0  # a smaller last batch would weigh as much as a full one
+    assert recipe.attn_implementation == "eager"
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(recipe, key) == value
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"batch_size": 5, "moments": "pooled"}))
+    recipe = command.resolve_recipe(parse("--config", path, "--batch_size", 8))
+    assert (recipe.batch_size, recipe.moments, recipe.seed) == (8, "pooled", 0)
