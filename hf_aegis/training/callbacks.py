@@ -1,0 +1,168 @@
+"""What runs beside a training loop: diagnostics, metrics on disk, VQA evaluation, the expert's average."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_aegis.gradients import ProjectionReport
+from hf_aegis.training.expert_ema import ExpertEMA
+from hf_aegis.training.json_lines import JSONLines
+
+
+if TYPE_CHECKING:
+    from hf_aegis.evaluation.vqa import VQAHoldout
+
+
+METRICS_FILE = "metrics.jsonl"
+PROJECTION_FILE = "projection.jsonl"
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes everything that is logged to `metrics.jsonl` in the output folder."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.lines = JSONLines(Path(output_dir) / METRICS_FILE)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.lines.rewind(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs is not None:
+            self.lines.append([{"step": state.global_step, **logs}])
+
+
+class ProjectionCallback(TrainerCallback):
+    """
+    Collects the report of every projected backward pass: means since the last logging step go into the logs, every
+    single one as a JSON line into `projection.jsonl`. Reports are read from the device when they are logged.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.lines = JSONLines(Path(output_dir) / PROJECTION_FILE)
+        self._unread: list[tuple[int, ProjectionReport]] = []
+        self._summaries: list[dict[str, float]] = []
+
+    def add(self, step: int, report: ProjectionReport) -> None:
+        """Notes the report of a backward pass that belongs to optimiser step `step`, counted from one."""
+        self._unread.append((step, report))
+
+    def flush(self) -> None:
+        """Reads the new reports off the device and writes them."""
+        self._summaries += [report.summary() for _, report in self._unread]
+        self.lines.append({"step": step, **report.per_group()} for step, report in self._unread)
+        self._unread.clear()
+
+    def means(self) -> dict[str, float]:
+        """Means of the figures of all reports since the last call."""
+        self.flush()
+        summaries, self._summaries = self._summaries, []
+        if not summaries:
+            return {}
+        return {name: sum(s[name] for s in summaries) / len(summaries) for name in summaries[0]}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.lines.rewind(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.flush()
+
+
+class VQACallback(TrainerCallback):
+    """
+    Evaluates on a fixed hold-out before training, every `steps` steps and at the end.
+
+    Args:
+        holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once.
+        steps (`int`): Steps between evaluations.
+        accuracy (`bool`): Whether answers are generated too.
+        log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
+    """
+
+    def __init__(
+        self, holdout: "VQAHoldout", steps: int, accuracy: bool, log: Callable[[dict[str, float]], None]
+    ) -> None:
+        self.holdout = holdout
+        self.steps = steps
+        self.accuracy = accuracy
+        self.log = log
+
+    def _evaluate(self, model: torch.nn.Module) -> None:
+        result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
+        figures = {"vqa_cross_entropy": result.cross_entropy, "vqa_accuracy": result.accuracy}
+        self.log({name: value for name, value in figures.items() if value is not None})
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step == 0:
+            self._evaluate(model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            self._evaluate(model)
+
+
+class ExpertEMACallback(TrainerCallback):
+    """Updates the expert's average after each optimiser step."""
+
+    def __init__(self, ema: ExpertEMA) -> None:
+        self.ema = ema
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.ema.update()
+
+
+class NonFiniteGuard(TrainerCallback):
+    """
+    Drops all gradients of a step in which any is not finite, so that no NaN reaches a parameter or an optimiser's
+    moments. Counts such steps in `skipped_steps`.
+    """
+
+    def __init__(self) -> None:
+        self.skipped_steps = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+            self.skipped_steps += 1
+            for parameter in model.parameters():
+                parameter.grad = None

@@ -1,0 +1,93 @@
+"""Exponential moving average of an action expert's weights."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+
+EMA_FILE = "expert_ema.safetensors"
+
+
+class ExpertEMA:
+    """
+    Keeps a float32 moving average of parameters, `average += (1 - decay) (parameter - average)`.
+
+    The decay is warmed up as `min(decay, (1 + step) / (10 + step))`, lest a short run's average be its random start.
+
+    Args:
+        parameters (`Mapping[str, torch.nn.Parameter]`): What is averaged, by name.
+        decay (`float`): Upper bound of the decay, in (0, 1).
+
+    Raises:
+        ValueError: If there is nothing to average.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], decay: float) -> None:
+        if not parameters:
+            raise ValueError("there are no expert parameters to average; set expert_ema_decay=0")
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.step = 0
+        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the parameters after an optimiser step."""
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        self.step += 1
+        averages = list(self.average.values())
+        current = [p.detach().to(a.device, a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, current, 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Puts the average into the parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model with averaged weights for the time of a `with` block."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(trained[name])
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `expert_ema.safetensors` into `folder`, atomically."""
+        target = Path(folder) / EMA_FILE
+        staged = target.with_suffix(".partial")
+        tensors: dict[str, Tensor] = {name: a.contiguous() for name, a in self.average.items()}
+        save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step)})
+        os.replace(staged, target)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """
+        Reads what [`save`] wrote.
+
+        Raises:
+            ValueError: If the file is missing or averages other parameters.
+        """
+        from safetensors import safe_open
+
+        path = Path(folder) / EMA_FILE
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the checkpoint was saved without an expert average")
+        stored = load_file(path)
+        for name, average in self.average.items():
+            if name not in stored or stored[name].shape != average.shape:
+                found = tuple(stored[name].shape) if name in stored else "nothing"
+                raise ValueError(f"{path}: expected {name} of shape {tuple(average.shape)}, found {found}")
+            average.copy_(stored[name])
+        with safe_open(path, framework="pt") as file:
+            self.step = int(file.metadata()["step"])

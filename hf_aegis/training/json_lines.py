@@ -1,0 +1,45 @@
+"""A file of JSON lines, one per record of a run, that a resumed run continues."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JSONLines:
+    """
+    Appends records to a file, each with a `step`.
+
+    Args:
+        path (`str` or `os.PathLike`): The file; its folder is created.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    def rewind(self, step: int) -> None:
+        """Drops the records of later steps than `step`, which a resumed run will write again; all of them for zero."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if step == 0 or not self.path.exists() else [r for r in self.read() if r["step"] <= step]
+        staged = self.path.with_suffix(".partial")
+        staged.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(staged, self.path)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes records at the end."""
+        with self.path.open("a") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a last line that a killed process left half-written is passed over."""
+        records = []
+        lines = self.path.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):
+                    raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
+        return records
