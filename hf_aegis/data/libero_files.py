@@ -76,11 +76,11 @@ def naming_damage(path: str | os.PathLike) -> Iterator[None]:
     Names the file where HDF5 stumbles over a damaged structure, which h5py reports as one of several exceptions.
 
     Raises:
-        LiberoFormatError: in place of the `KeyError`, `OSError` or `RuntimeError` that h5py raised.
+        LiberoFormatError: in place of whichever of the exceptions below h5py raised.
     """
     try:
         yield
-    except (KeyError, OSError, RuntimeError) as error:
+    except (KeyError, OSError, RuntimeError, UnicodeDecodeError) as error:
         raise LiberoFormatError(f"{os.fspath(path)}: damaged HDF5 structure: {error}") from error
 
 
@@ -123,7 +123,14 @@ def read_child(group: h5py.Group, name: str, report: Report) -> h5py.Group | h5p
         report(LiberoFormatError.at(group.file.filename, location, f"{kind} link (to {target}), links are refused"))
         return None
     child = group[name]
-    if isinstance(child, h5py.Dataset) and (child.is_virtual or child.external):
+    if not isinstance(child, h5py.Dataset):
+        return child
+    try:
+        _ = child.dtype
+    except (TypeError, ValueError) as error:
+        report(LiberoFormatError.at(group.file.filename, location, f"a type that cannot be read: {error}"))
+        return None
+    if child.is_virtual or child.external:
         report(LiberoFormatError.at(group.file.filename, location, "its data lies in other files, which is refused"))
         return None
     return child

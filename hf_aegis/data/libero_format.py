@@ -137,7 +137,7 @@ def text_attribute(attributes: Mapping[str, Any], key: str) -> str:
         ValueError: the attribute is missing or no string.
     """
     if key not in attributes:
-        raise ValueError(f"missing attribute, found {sorted(attributes)}")
+        raise ValueError(f"missing attribute, found {sorted(map(str, attributes))}")
     value = attributes[key]
     if isinstance(value, bytes):
         value = value.decode("utf-8")
@@ -154,7 +154,7 @@ def integer_attribute(attributes: Mapping[str, Any], key: str) -> int:
         ValueError: the attribute is missing or no integer.
     """
     if key not in attributes:
-        raise ValueError(f"missing attribute, found {sorted(attributes)}")
+        raise ValueError(f"missing attribute, found {sorted(map(str, attributes))}")
     value = attributes[key]
     if not isinstance(value, int | np.integer):
         raise ValueError(f"expected an integer, found {value!r}")
