@@ -1,0 +1,147 @@
+"""`hf-aegis demo`: the whole experiment on the embedded model and demonstrations, in minutes on a CPU."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
+# two thousand times smaller than the paper's, so rates and lengths are this project's choice.
+TRAINING: dict[str, Any] = {
+    "max_steps": 400,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 3e-4,
+    "expert_learning_rate": 3e-4,
+    "warmup_steps": 20,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "per_device_eval_batch_size": 64,
+    "vqa_steps": 50,
+    "vqa_samples": 500,
+    "save_steps": 100,
+    "save_total_limit": 1,
+    "chunk_size": 50,
+    "expert": {
+        "expert_hidden_size": 128,
+        "expert_num_layers": 3,
+        "expert_num_heads": 4,
+        "expert_intermediate_size": 512,
+    },
+}
+CONDITIONS: dict[str, dict[str, Any]] = {"naive": {"preserve": "none"}, "aegis": {"preserve": "projection"}}
+ANCHOR_SAMPLES = 3000
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the demo's options."""
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
+    parser.add_argument(
+        "--max_steps", type=int, default=TRAINING["max_steps"], help="training steps of each condition"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of expert, batches, noise and times")
+    parser.add_argument("--vqa_final_samples", type=int, help="questions asked before and after (default: all 9,673)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """
+    Collects the anchor, fine-tunes naively and with AEGIS, and writes `summary.json`, `metrics.jsonl` and figures.
+
+    What is finished is not done again, so an interrupted demo continues.
+    """
+    started = time.perf_counter()
+    folder: Path = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = [] if arguments.vqa_final_samples is None else [str(arguments.vqa_final_samples)]
+
+    pretrained = folder / "pretrained.json"
+    if not pretrained.exists():
+        print("Asking the pre-trained model ...", flush=True)
+        _call("eval-vqa", "--output", pretrained, *(["--max_samples", *questions] if questions else []))
+    anchor = folder / "anchor"
+    if not (anchor / "recipe.yaml").exists():
+        print("Collecting the anchor ...", flush=True)
+        _call("anchor", "--output_dir", anchor, "--num_samples", ANCHOR_SAMPLES)
+    summary: dict[str, Any] = {"pretrained": _vqa(json.loads(pretrained.read_text()))}
+    for name, settings in CONDITIONS.items():
+        recipe = {
+            **TRAINING,
+            **settings,
+            "output_dir": str(folder / name),
+            "max_steps": arguments.max_steps,
+            "seed": arguments.seed,
+            **({"anchor": str(anchor)} if settings["preserve"] != "none" else {}),
+            **({"vqa_final_samples": arguments.vqa_final_samples} if questions else {}),
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        print(f"Fine-tuning: {name} ...", flush=True)
+        _call("train", "--config", folder / f"{name}.yaml")
+        summary[name] = json.loads((folder / name / "result.json").read_text())
+    _write(folder / "summary.json", json.dumps(summary, indent=2))
+    _report(folder)
+    print(format_table(summary))
+    print(f"\n{folder}/summary.json, metrics.jsonl and *.png; {(time.perf_counter() - started) / 60:.1f} minutes")
+    return 0
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """The summary as a table for a terminal, one row per measure."""
+    rows = [
+        ("VQA cross-entropy (nats/token)", "vqa_cross_entropy", "{:.3f}", 1),
+        ("VQA accuracy (%)", "vqa_accuracy", "{:.1f}", 100),
+        ("held-out flow MSE", "flow_mse", "{:.4f}", 1),
+        ("step time (ms, median)", "step_ms", "{:.0f}", 1),
+        ("peak memory in steps (MB)", "peak_memory_mb", "{:.0f}", 1),
+        ("throttle rate (%)", "throttle_rate", "{:.1f}", 100),
+        ("energy shed (%)", "energy_shed", "{:.2f}", 100),
+    ]
+    names = list(summary)
+    lines = [f"{'':32}" + "".join(f"{name:>14}" for name in names)]
+    for label, key, text, scale in rows:
+        cells = (text.format(scale * summary[name][key]) if key in summary[name] else "–" for name in names)
+        lines.append(f"{label:32}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _vqa(scores: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "vqa_cross_entropy": scores["cross_entropy"],
+        "vqa_accuracy": scores["accuracy"],
+        "vqa_accuracy_by_type": {name: score["accuracy"] for name, score in scores["by_type"].items()},
+    }
+
+
+def _report(folder: Path) -> None:
+    from hf_aegis.reports.training_curves import plot_flow, plot_projection, plot_vqa
+    from hf_aegis.training.callbacks import METRICS_FILE, PROJECTION_FILE
+    from hf_aegis.training.json_lines import JSONLines
+
+    runs = {name: JSONLines(folder / name / METRICS_FILE).read() for name in CONDITIONS}
+    lines = (json.dumps({"condition": name, **record}) for name, records in runs.items() for record in records)
+    _write(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
+    loss_scale = json.loads((folder / "aegis" / "config.json").read_text())["flow_loss_scale"]
+    plot_vqa(runs, folder / "vqa.png")
+    plot_flow(runs, loss_scale, folder / "flow.png")
+    plot_projection(runs["aegis"], JSONLines(folder / "aegis" / PROJECTION_FILE).read(), folder / "projection.png")
+
+
+def _call(command: str, *options: object) -> None:
+    """Runs another command in a process of its own: conditions share no state, and memory is measured apart."""
+    result = subprocess.run(
+        [sys.executable, "-m", "hf_aegis", command, *map(str, options)], stdout=subprocess.PIPE, text=True
+    )
+    if result.returncode:
+        raise OSError(f"hf-aegis {command} ended with code {result.returncode}; its message is above")
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(path.name + ".partial")
+    staged.write_text(text)
+    os.replace(staged, path)
