@@ -147,6 +147,12 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         """Stops training the vision tower, as in every condition of arXiv 2604.16067; the projector keeps training."""
         self.model.vision_tower.requires_grad_(False)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the plain VLM; `pixel_values` may also have shape `(B, n, 3, h, w)`."""
+        if "pixel_values" in kwargs:
+            kwargs["pixel_values"] = _flatten_cameras(kwargs["pixel_values"])
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -218,7 +224,7 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             )
 
         return_dict = kwargs.pop("return_dict", None)
-        self._check_flow_inputs(actions, state, noise, timestep)
+        self._check_shapes(actions.shape[0], state=state, actions=actions, noise=noise, timestep=timestep)
         if labels is not None and token_type_ids is None:
             raise ValueError("`labels` with `actions` need `token_type_ids`, to tell the prompt from the answer")
         if use_cache or past_key_values is not None:
@@ -307,7 +313,7 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         shape = (input_ids.shape[0], self.config.chunk_size, self.config.action_dim)
         if noise is None:
             noise = torch.randn(shape, device=input_ids.device, generator=generator)
-        self._check_flow_inputs(noise, state, None, None, name="noise", batch_size=shape[0])
+        self._check_shapes(shape[0], state=state, noise=noise)
         outputs, prefix_mask = self._encode(input_ids, _flatten_cameras(pixel_values), attention_mask, token_type_ids)
         cache = self.action_expert.encode_context(outputs.last_hidden_state, prefix_mask)
         return euler_integrate(
@@ -350,28 +356,16 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             logits = torch.tanh(logits / cap) * cap
         return functional.cross_entropy(logits, labels[:, 1:][labelled])
 
-    def _check_flow_inputs(
-        self,
-        actions: Tensor,
-        state: Tensor | None,
-        noise: Tensor | None,
-        timestep: Tensor | None,
-        name: str = "actions",
-        batch_size: int | None = None,
-    ) -> None:
-        batch = actions.shape[0] if batch_size is None else batch_size
-        expected = {
-            name: (actions, (batch, self.config.chunk_size, self.config.action_dim)),
-            "noise": (noise, (batch, self.config.chunk_size, self.config.action_dim)),
-            "timestep": (timestep, (batch,)),
-        }
+    def _check_shapes(self, batch_size: int, state: Tensor | None, **tensors: Tensor | None) -> None:
+        chunk = (batch_size, self.config.chunk_size, self.config.action_dim)
+        expected = {"actions": chunk, "noise": chunk, "timestep": (batch_size,)}
         if self.config.use_state:
             if state is None:
                 raise ValueError("`state` is missing: the configuration has use_state=True")
-            expected["state"] = (state, (batch, self.config.state_dim))
-        for key, (tensor, shape) in expected.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"`{key}` must have shape {shape}, found {tuple(tensor.shape)}")
+            tensors["state"], expected["state"] = state, (batch_size, self.config.state_dim)
+        for name, tensor in tensors.items():
+            if tensor is not None and tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"`{name}` must have shape {expected[name]}, found {tuple(tensor.shape)}")
 
 
 def _flatten_cameras(pixel_values: Tensor | None) -> Tensor | None:

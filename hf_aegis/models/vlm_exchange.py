@@ -85,10 +85,11 @@ def default_to_eager(config: PaliGemmaFlowConfig) -> None:
 def _convert(config: PaliGemmaConfig, target: type[PaliGemmaConfig], additions: dict[str, Any]) -> PaliGemmaConfig:
     dropped = {"model_type", "architectures", *_FLOW_FIELDS}
     fields = {key: value for key, value in config.to_dict().items() if key not in dropped}
-    # Shared rather than copied: `to_dict` drops which attention implementation the loaded modules use.
-    fields |= {part: getattr(config, part) for part in _PARTS} | additions
-    converted = target(**fields)
-    converted._attn_implementation_internal = config._attn_implementation
+    parts = {part: getattr(config, part) for part in _PARTS}
+    chosen = {"": config._attn_implementation} | {part: value._attn_implementation for part, value in parts.items()}
+    converted = target(**fields | parts | additions)
+    # Building a configuration forgets the attention implementation, also of the parts it shares with loaded modules.
+    converted._attn_implementation = chosen
     return converted
 
 

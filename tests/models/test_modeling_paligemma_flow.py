@@ -35,25 +35,30 @@ def _observation(batch):
     return {key: batch[key] for key in (*NO_ACTIONS, "state")}
 
 
+def _aligned(model):
+    """Weights read from a file lie at any address, and the last bit of a matrix product depends on it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 # Still the plain vision-language model
 
 
 def test_forward_and_generate_equal_the_plain_vlm_bit_for_bit(vlm_folder, expert, prompt, batch):
-    plain = PaliGemmaForConditionalGeneration.from_pretrained(vlm_folder, attn_implementation="eager").eval()
-    model = PaliGemmaFlowForAction.from_vlm(vlm_folder, **expert).eval()
+    plain = _aligned(PaliGemmaForConditionalGeneration.from_pretrained(vlm_folder, attn_implementation="eager").eval())
+    model = _aligned(PaliGemmaFlowForAction.from_vlm(vlm_folder, **expert).eval())
     labels = prompt["input_ids"].masked_fill(prompt["attention_mask"] == 0, -100)
     expected, found = (m(**prompt, labels=labels) for m in (plain, model))
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.loss, expected.loss)
     assert set(found) == set(expected)
     for options in ({}, {"num_beams": 2}):
-        generated = [m.generate(**prompt, max_new_tokens=6, do_sample=False, **options) for m in (plain, model)]
+        options |= {"max_new_tokens": 6, "do_sample": False}
+        generated = [m.generate(**prompt, **options) for m in (plain, model)]
         assert torch.equal(*generated)
-    five_dimensional = prompt | {"pixel_values": batch["pixel_values"]}
-    assert torch.equal(
-        model.generate(**five_dimensional, max_new_tokens=6, do_sample=False),
-        model.generate(**prompt, max_new_tokens=6, do_sample=False),
-    )
+        by_camera = prompt | {"pixel_values": batch["pixel_values"]}
+        assert torch.equal(model.generate(**by_camera, **options), generated[0])
 
 
 def test_from_vlm_adds_only_the_expert(vlm_folder, vlm, expert):
@@ -89,6 +94,18 @@ def test_expert_is_initialised_from_the_seed_and_starts_near_zero_velocity(vlm_f
     assert direct["layers.0.up_proj.weight"].std().item() == pytest.approx(32**-0.5, rel=0.1)
 
 
+def test_conversions_keep_the_attention_implementation(vlm_config, expert):
+    vlm_config.text_config.attn_logit_softcapping = None
+    vlm_config._attn_implementation = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
+    vlm = PaliGemmaForConditionalGeneration(vlm_config)
+    model = PaliGemmaFlowForAction.from_vlm(vlm, **expert)
+    for candidate in (vlm, model, model.to_vlm()):
+        chosen = [part._attn_implementation for part in (candidate.config.vision_config, candidate.model.config)]
+        assert chosen == ["sdpa", "eager"]
+        assert candidate.model.vision_tower.config._attn_implementation == "sdpa"
+        assert candidate.model.language_model.config._attn_implementation == "eager"
+
+
 def test_to_vlm_shares_the_weights_and_saves_a_stock_checkpoint(model, prompt, tmp_path):
     plain = model.to_vlm()
     assert type(plain) is PaliGemmaForConditionalGeneration
@@ -103,7 +120,7 @@ def test_to_vlm_shares_the_weights_and_saves_a_stock_checkpoint(model, prompt, t
         assert config["model_type"] == "paligemma"
         assert not [key for key in config if key.startswith(("expert_", "flow_", "action_", "time_"))]
         loaded = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
-        assert torch.equal(loaded(**prompt).logits, expected)
+        assert torch.equal(_aligned(loaded)(**prompt).logits, expected)
 
 
 def test_save_and_load_round_trip(model, batch, flow, tmp_path):
@@ -121,6 +138,7 @@ def test_save_and_load_round_trip(model, batch, flow, tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path),
     ):
         assert type(candidate) is PaliGemmaFlowForAction
+        _aligned(candidate)
         assert torch.equal(candidate(**batch, **flow).loss, model(**batch, **flow).loss)
         observation = _observation(batch)
         assert torch.equal(*(m.sample_actions(**observation, noise=flow["noise"]) for m in (candidate, model)))
@@ -223,7 +241,7 @@ def test_gradient_checkpointing_changes_nothing(model, batch, flow):
 
     model.train()
     plain = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable()
     assert all(layer.gradient_checkpointing for layer in model.action_expert.layers)
     checkpointed = gradients()
     assert plain.keys() == checkpointed.keys()
@@ -314,17 +332,20 @@ def test_without_state(vlm, expert, batch, flow):
     assert model.sample_actions(**{key: batch[key] for key in NO_ACTIONS}).shape == (3, 5, 3)
 
 
-def test_learns_a_chunk(model, batch):
+def test_learns_chunks_that_depend_on_the_observation(vlm, expert, batch):
     torch.manual_seed(0)
-    model.freeze_vision_tower()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(120):
+    model = PaliGemmaFlowForAction.from_vlm(vlm, **expert)
+    model.model.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.action_expert.parameters(), lr=5e-3)
+    draws = {key: value.repeat(4, *[1] * (value.ndim - 1)) for key, value in batch.items()}
+    for _ in range(100):
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        model(**draws).loss.backward()
         optimizer.step()
-    actions = model.sample_actions(**_observation(batch), generator=torch.Generator().manual_seed(0))
-    valid = ~batch["action_is_pad"]
-    assert (actions - batch["actions"])[valid].abs().mean() < 0.15
+    found = model.sample_actions(**_observation(batch), generator=torch.Generator().manual_seed(0))
+    blind = batch["actions"].mean(dim=0, keepdim=True)
+    error, blind_error = ((a - batch["actions"])[~batch["action_is_pad"]].abs().mean() for a in (found, blind))
+    assert error < 0.6 * blind_error
 
 
 # What is refused
@@ -353,7 +374,7 @@ def test_wrong_batches_are_refused(model, batch):
 
 
 def test_wrong_checkpoints_are_refused(model, vlm_folder, expert, tmp_path):
-    with pytest.raises(ValueError, match="soft-caps its attention scores at 50.0"):
+    with pytest.raises(ValueError, match=r"soft-caps its attention scores at 50\.0"):
         PaliGemmaFlowForAction.from_vlm(vlm_folder, attn_implementation="sdpa")
     with pytest.raises(ValueError, match="not a field of the action expert: expert_width"):
         PaliGemmaFlowForAction.from_vlm(vlm_folder, expert_width=3)
@@ -364,7 +385,7 @@ def test_wrong_checkpoints_are_refused(model, vlm_folder, expert, tmp_path):
     model.save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match="already has an action expert: load it with"):
         PaliGemmaFlowForAction.from_vlm(tmp_path / "flow")
-    with pytest.raises(ValueError, match="soft-caps its attention scores at 50.0"):
+    with pytest.raises(ValueError, match=r"soft-caps its attention scores at 50\.0"):
         PaliGemmaFlowForAction.from_pretrained(tmp_path / "flow", attn_implementation="sdpa")
     model.config.text_config.save_pretrained(tmp_path / "gemma")
     with pytest.raises(ValueError, match="not a PaliGemma: its configuration has model_type 'gemma2'"):
