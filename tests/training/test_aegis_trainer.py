@@ -1,0 +1,251 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_aegis.gradients import GradientShield
+from hf_aegis.training import AEGISTrainer, last_complete_checkpoint
+from hf_aegis.training.json_lines import JSONLines
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def differing(first, second):
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.fixture
+def train(make_language_model, make_anchor, make_args, token_dataset):
+    """Trains a tiny language model and returns the trainer."""
+
+    def run(resume=None, callbacks=None, **changes):
+        model = make_language_model()
+        args = make_args(**changes)
+        anchor = make_anchor(model) if args.preserve != "none" else None
+        trainer = AEGISTrainer(model, args, anchor=anchor, train_dataset=token_dataset, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def test_without_preservation_it_is_a_plain_trainer(train, make_language_model, make_args, token_dataset):
+    ours = train(preserve="none")
+    model = make_language_model()
+    plain = Trainer(model, make_args(preserve="none"), train_dataset=token_dataset)
+    plain.train()
+    assert differing(weights(ours.model), weights(model)) == []
+
+
+def test_a_training_step_applies_the_shields_gradient(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+    anchor = make_anchor(model)
+    trainer = AEGISTrainer(
+        model,
+        make_args(max_steps=1, optim="sgd", max_grad_norm=0, learning_rate=0.1),
+        anchor,
+        train_dataset=token_dataset,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = weights(model)
+    with GradientShield(model, anchor) as shield:
+        model.train()
+        model(**batch).loss.backward()
+    assert 0 < shield.report.summary()["throttle_rate"] <= 1
+    expected = {name: before[name] - 0.1 * p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    trainer.train()
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_same_seed_gives_equal_runs_and_another_form_agrees(train, tmp_path):
+    first = train(output_dir=str(tmp_path / "a"))
+    again = train(output_dir=str(tmp_path / "b"))
+    assert differing(weights(first.model), weights(again.model)) == []
+    timeless = [[r for r in JSONLines(tmp_path / n / "metrics.jsonl").read() if "loss" in r] for n in "ab"]
+    assert len(timeless[0]) == 6
+    assert timeless[0] == timeless[1]
+    two_pass = train(output_dir=str(tmp_path / "c"), dual_backward="two_pass", activation_checkpointing=True)
+    for name, value in weights(two_pass.model).items():
+        torch.testing.assert_close(value, weights(first.model)[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_projection_changes_the_run(train, tmp_path):
+    shielded = train(output_dir=str(tmp_path / "a"))
+    naive = train(output_dir=str(tmp_path / "b"), preserve="none")
+    assert differing(weights(shielded.model), weights(naive.model))
+
+
+def test_logs_carry_the_diagnostics(train, tmp_path):
+    trainer = train()
+    out = tmp_path / "out"
+    steps = [r for r in JSONLines(out / "metrics.jsonl").read() if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 7))
+    for record in steps:
+        assert 0 <= record["throttle_rate"] <= 1
+        assert -1 <= record["cosine"] <= 1
+        assert record["vlm_grad_norm_projected"] <= record["vlm_grad_norm"] * (1 + 1e-6)
+        assert record["penalty"] == pytest.approx(record["penalty_mean_term"] + record["penalty_std_term"], rel=1e-5)
+        # On a plain language model all trainable parameters are protected, so the clipped norm is the projected one.
+        assert record["grad_norm"] == pytest.approx(record["vlm_grad_norm_projected"], rel=1e-4)
+    lines = JSONLines(out / "projection.jsonl").read()
+    assert [r["step"] for r in lines] == list(range(1, 7))
+    assert lines[0]["groups"] == ["layers.0", "layers.1", "layers.2", "embeddings"]
+    assert steps[0]["throttle_rate"] == sum(d < 0 for d in lines[0]["dot"]) / 4
+    assert trainer.state.log_history[0]["throttle_rate"] == steps[0]["throttle_rate"]
+
+
+def test_accumulation_projects_each_micro_batch(train, tmp_path):
+    train(gradient_accumulation_steps=2, max_steps=3)
+    lines = JSONLines(tmp_path / "out" / "projection.jsonl").read()
+    assert [r["step"] for r in lines] == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("preserve", ["projection", "none"])
+def test_resuming_equals_not_stopping(train, tmp_path, preserve):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    options = {"preserve": preserve, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "max_steps": 8}
+    whole = train(output_dir=str(tmp_path / "whole"), **options)
+    train(output_dir=str(tmp_path / "cut"), callbacks=[Stop()], **options)
+    resumed = train(output_dir=str(tmp_path / "cut"), resume=True, **options)
+    assert resumed.state.global_step == 8
+    assert differing(weights(whole.model), weights(resumed.model)) == []
+    for name in ["metrics.jsonl"] + (["projection.jsonl"] if preserve == "projection" else []):
+        records = [
+            [r for r in JSONLines(tmp_path / folder / name).read() if "train_runtime" not in r]
+            for folder in ("whole", "cut")
+        ]
+        assert records[0] == records[1]
+
+
+KILLED_RUN = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from conftest import TokenDataset, make_anchor, make_language_model
+    from transformers import TrainerCallback
+    from hf_aegis.training import AEGISConfig, AEGISTrainer
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == {kill_at}:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    model = make_language_model.__wrapped__()()
+    trainer = AEGISTrainer(
+        model,
+        AEGISConfig(**{arguments!r}),
+        anchor=make_anchor.__wrapped__()(model),
+        train_dataset=TokenDataset(24),
+        callbacks=[Kill()],
+    )
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model({final!r})
+"""
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, make_args):
+    def start(folder: str, kill_at: int) -> int:
+        arguments = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        script = textwrap.dedent(KILLED_RUN).format(
+            tests=str(Path(__file__).parent),
+            kill_at=kill_at,
+            arguments=arguments,
+            final=str(tmp_path / folder / "final"),
+        )
+        return subprocess.run([sys.executable, "-c", script], capture_output=True).returncode
+
+    assert start("whole", kill_at=-1) == 0
+    assert start("killed", kill_at=3) == -signal.SIGKILL
+    # What a kill in the middle of saving leaves behind is passed over.
+    broken = tmp_path / "killed" / "checkpoint-4"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"epoch": 0.')
+    assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-2"
+    assert start("killed", kill_at=-1) == 0
+    whole, killed = (tmp_path / folder / "final" / "model.safetensors" for folder in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    whole, killed = (JSONLines(tmp_path / folder / "projection.jsonl").read() for folder in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_non_finite_gradients_never_reach_a_parameter(make_language_model, make_anchor, make_args, token_dataset):
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                next(model.parameters()).grad.view(-1)[0] = math.nan
+
+    model = make_language_model()
+    trainer = AEGISTrainer(model, make_args(max_steps=3), make_anchor(model), train_dataset=token_dataset)
+    trainer.callback_handler.callbacks.insert(0, Poison())
+    trainer.train()
+    assert trainer.non_finite_guard.skipped_steps == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert trainer.state.log_history[-2]["skipped_steps"] == 1
+
+
+def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+    anchor = make_anchor(model)
+    model.model.requires_grad_(False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="reached no decoder layer"):
+        AEGISTrainer(model, make_args(), anchor, train_dataset=token_dataset).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preserve": "hope"}, "preserve must be one of"),
+        ({"dual_backward": "sideways"}, "dual_backward must be one of"),
+        ({"granularity": "row"}, "granularity must be one of"),
+        ({"penalty_scale": 0.0}, "penalty_scale must be positive, found 0.0"),
+        ({"expert_ema_decay": 1.0}, r"expert_ema_decay must lie in \[0, 1\), found 1.0"),
+        ({"frozen_modules": ["visoin_tower"]}, "no module whose path ends with 'visoin_tower'"),
+        ({"expert_modules": ["expert"]}, "no module 'expert'"),
+        ({"torch_compile": True}, "not supported with torch.compile"),
+    ],
+)
+def test_wrong_arguments_are_refused(make_language_model, make_anchor, make_args, token_dataset, changes, message):
+    model = make_language_model()
+    with pytest.raises(ValueError, match=message):
+        AEGISTrainer(model, make_args(**changes), make_anchor(model), train_dataset=token_dataset)
+
+
+def test_missing_and_foreign_anchors_are_refused(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+    with pytest.raises(ValueError, match="needs an anchor"):
+        AEGISTrainer(model, make_args(), train_dataset=token_dataset)
+    anchor = make_anchor(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="weight"):
+        AEGISTrainer(model, make_args(), anchor, train_dataset=token_dataset)
+
+
+def test_checkpoint_state_is_json(train, tmp_path):
+    train(save_strategy="steps", save_steps=3)
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
