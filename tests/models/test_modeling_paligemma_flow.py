@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +12,8 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
 )
 
-from hf_aegis.models import PaliGemmaFlowConfig, PaliGemmaFlowForAction
+from hf_aegis.assets import EMBEDDED_VLM
+from hf_aegis.models import PaliGemmaFlowConfig, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
 
 NO_ACTIONS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -59,6 +61,21 @@ def test_forward_and_generate_equal_the_plain_vlm_bit_for_bit(vlm_folder, expert
         assert torch.equal(*generated)
         by_camera = prompt | {"pixel_values": batch["pixel_values"]}
         assert torch.equal(model.generate(**by_camera, **options), generated[0])
+
+
+def test_embedded_model_still_answers_and_acts():
+    vlm = AutoModelForImageTextToText.from_pretrained(EMBEDDED_VLM, attn_implementation="eager", dtype=torch.float32)
+    sizes = {"expert_hidden_size": 32, "expert_num_layers": 1, "expert_num_heads": 2, "expert_intermediate_size": 32}
+    model = PaliGemmaFlowForAction.from_vlm(vlm, chunk_size=4, **sizes)
+    processor = PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM)
+    red_square = np.full((64, 64, 3), 255, np.uint8)
+    red_square[20:44, 20:44] = (255, 0, 0)
+    question = processor.prepare_action_inputs([[red_square]], ["answer en what color is the shape?"])
+    question["pixel_values"] = question["pixel_values"].flatten(0, 1)
+    generated = [m.generate(**question, max_new_tokens=3, do_sample=False) for m in (vlm, model)]
+    assert torch.equal(*generated)
+    observation = processor.prepare_action_inputs([[red_square] * 2], ["pick up the bowl"], state=np.zeros((1, 9)))
+    assert torch.isfinite(model.sample_actions(**observation)).all()
 
 
 def test_from_vlm_adds_only_the_expert(vlm_folder, vlm, expert):
@@ -330,22 +347,6 @@ def test_without_state(vlm, expert, batch, flow):
     del batch["state"]
     assert torch.equal(model(**batch, **flow).velocity, expected.velocity)
     assert model.sample_actions(**{key: batch[key] for key in NO_ACTIONS}).shape == (3, 5, 3)
-
-
-def test_learns_chunks_that_depend_on_the_observation(vlm, expert, batch):
-    torch.manual_seed(0)
-    model = PaliGemmaFlowForAction.from_vlm(vlm, **expert)
-    model.model.requires_grad_(False)
-    optimizer = torch.optim.Adam(model.action_expert.parameters(), lr=5e-3)
-    draws = {key: value.repeat(4, *[1] * (value.ndim - 1)) for key, value in batch.items()}
-    for _ in range(100):
-        optimizer.zero_grad()
-        model(**draws).loss.backward()
-        optimizer.step()
-    found = model.sample_actions(**_observation(batch), generator=torch.Generator().manual_seed(0))
-    blind = batch["actions"].mean(dim=0, keepdim=True)
-    error, blind_error = ((a - batch["actions"])[~batch["action_is_pad"]].abs().mean() for a in (found, blind))
-    assert error < 0.6 * blind_error
 
 
 # What is refused
