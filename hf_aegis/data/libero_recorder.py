@@ -292,7 +292,9 @@ def record_episode(
     environment.reset(seed=reset_seed)
     environment.restore(environment.state, seed=reset_seed)
     expert = ScriptedExpert(environment, generator)
-    actions, states, success = [], [], []
+    actions: list[np.ndarray] = []
+    states: list[np.ndarray] = []
+    success: list[bool] = []
     proprioception: dict[str, list[np.ndarray]] = {}
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     while len(actions) < MAX_EPISODE_STEPS and (action := expert.act()) is not None:

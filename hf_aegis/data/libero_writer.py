@@ -20,7 +20,7 @@ from hf_aegis.data.libero_format import CAMERAS, CONVENTION_ATTRIBUTE, JPEG_SUFF
 @dataclass
 class Episode:
     """
-    One recorded demonstration of `T` steps; row `t` of everything is from before action `t`, but for rewards and dones.
+    One recorded demonstration of `T` steps; row `t` of everything but `success` is from before action `t`.
 
     Args:
         actions (`np.ndarray` of shape `(T, 7)`): Translation, rotation, gripper, in [-1, 1].
@@ -134,8 +134,7 @@ def replacing(path: Path) -> Iterator[h5py.File]:
     # mkstemp is more private than an ordinary new file would be.
     os.chmod(temporary, 0o666 & ~_umask())
     try:
-        # Small groups and many small datasets: the latest layout halves their overhead.
-        with h5py.File(temporary, "w", libver="latest") as file:
+        with h5py.File(temporary, "w") as file:
             yield file
         os.replace(temporary, path)
     except BaseException:

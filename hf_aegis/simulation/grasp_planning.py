@@ -53,7 +53,7 @@ class PickAndPlace:
         shift = generator.uniform(-0.008, 0.008, size=2)
         return PickAndPlace(
             grasp=self.grasp,
-            release=self.release + [shift[0], shift[1], 0.0],
+            release=self.release + np.array([shift[0], shift[1], 0.0]),
             carry_height=self.carry_height + generator.uniform(0.0, 0.03),
             yaw=self.yaw,
             hover_height=self.hover_height + generator.uniform(-0.015, 0.02),

@@ -22,8 +22,8 @@ class LiberoEnvironment:
     A LIBERO task in the MuJoCo simulator.
 
     Actions are `(7,)` in [-1, 1]: translation (one unit asks for 5 cm), rotation as axis-angle (one unit asks for 0.5
-    rad), gripper (-1 opens, +1 closes), executed at 20 Hz by an operational-space controller. Images are upright (row 0
-    at the top) and are rendered only when asked for: on a CPU a frame costs more than a step.
+    rad), gripper (-1 opens, +1 closes), executed at 20 Hz by an operational-space controller. Images are upright (row
+    0 at the top) and are rendered only when asked for: on a CPU a frame costs more than a step.
 
     What LIBERO draws at random on a reset (the exact poses of fixtures, which initial states do not hold, and object
     placements where no initial state is given) comes from a seed, so that the same start and the same actions give the
@@ -135,15 +135,11 @@ class LiberoEnvironment:
             seed (`int`, *optional*, defaults to the environment's): Seed of fixture poses and random placements.
             settling_steps (`int`, *optional*, defaults to 10): Idle steps during which objects fall into place.
         """
-        if isinstance(init_state, int | np.integer):
-            states = self.task.init_states()
-            if not 0 <= init_state < len(states):
-                raise ValueError(f"{self.task.name} has initial states 0 to {len(states) - 1}, not {init_state}.")
-            init_state = states[init_state]
+        state = self._fixed_state(int(init_state)) if isinstance(init_state, int | np.integer) else init_state
         with _seeded(self.seed if seed is None else seed):
             self._libero.reset()
-        if init_state is not None:
-            self._set_state(init_state)
+        if state is not None:
+            self._set_state(state)
         idle = np.array([0.0] * 6 + [GRIPPER_OPEN])
         for _ in range(settling_steps):
             self.step(idle)
@@ -160,6 +156,12 @@ class LiberoEnvironment:
             seed (`int`, *optional*, defaults to the environment's): The recorded seed of the fixtures' poses.
         """
         self.reset(init_state=np.asarray(state), seed=seed, settling_steps=0)
+
+    def _fixed_state(self, index: int) -> np.ndarray:
+        states = self.task.init_states()
+        if not 0 <= index < len(states):
+            raise ValueError(f"{self.task.name} has initial states 0 to {len(states) - 1}, not {index}.")
+        return states[index]
 
     def _set_state(self, state: np.ndarray) -> None:
         simulation = self._libero.sim

@@ -2,6 +2,7 @@
 
 import ctypes.util
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -28,8 +29,8 @@ class LiberoTask:
         index (`int`): The task's place in the suite's standard order.
         name (`str`): File-name form of the task, e.g. `pick_up_the_milk_and_place_it_in_the_basket`.
         language (`str`):
-            The instruction a policy is given. It is derived from the name, as LIBERO's own evaluation does; the problem
-            file words some instructions differently ("pick the akita black bowl ...").
+            The instruction a policy is given. It is derived from the name, as LIBERO's own evaluation does; the
+            problem file words some instructions differently ("pick the akita black bowl ...").
         bddl_file (`Path`): The problem file that defines scene, start and goal.
         init_states_file (`Path`): Archive of the fixed initial states.
     """
@@ -66,6 +67,8 @@ def import_simulator(module: str) -> ModuleType:
                 "MUJOCO_GL is 'osmesa' but the system library OSMesa was not found. Install it (Debian and Ubuntu: "
                 "apt-get install libosmesa6 libglfw3) or select another renderer, e.g. MUJOCO_GL=egl."
             )
+    # Robosuite recommends a personal settings file, three times, to whoever imports it.
+    logging.getLogger("robosuite_logs").addFilter(_not_about_macros)
     try:
         # Importing robosuite 1.4.0 emits deprecation warnings that a user can do nothing about.
         with warnings.catch_warnings():
@@ -74,6 +77,10 @@ def import_simulator(module: str) -> ModuleType:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{_INSTALL_HINT} (missing module: {error.name})") from error
+
+
+def _not_about_macros(entry: logging.LogRecord) -> bool:
+    return "macro" not in entry.getMessage()
 
 
 def load_tasks(suite: str) -> list[LiberoTask]:

@@ -1,18 +1,22 @@
-"""A scripted pick-and-place policy for LIBERO that looks at the simulator's ground truth: a source of demonstrations."""
+"""A scripted pick-and-place policy for LIBERO that reads the simulator's ground truth: a source of demonstrations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from hf_aegis.simulation.grasp_planning import PickAndPlace, finger_axis, plan_into_basket, plan_onto_plate
+from hf_aegis.simulation.grasp_planning import Bounds, PickAndPlace, finger_axis, plan_into_basket, plan_onto_plate
 from hf_aegis.simulation.libero_environment import GRIPPER_CLOSE, GRIPPER_OPEN, LiberoEnvironment
 
+
+Planner = Callable[[Bounds, Bounds, list[Bounds]], PickAndPlace]
 
 POSITION_PER_UNIT = 0.05
 ROTATION_PER_UNIT = 0.5
 GAIN = 1.6
 """Asking for more than the error makes up for the controller's lag; from 2 on the hand overshoots."""
 
+RETREAT = 0.06
 STILL_FINGERS = 0.0006
 """Fingers that move less than this in a step, m, have closed on something."""
 
@@ -43,9 +47,10 @@ class Waypoint:
 
 def waypoints(motion: PickAndPlace) -> list[Waypoint]:
     """The stations of a motion: hover, descend, close, lift, carry, lower, open, retreat."""
-    above_grasp = motion.grasp + [0.0, 0.0, motion.hover_height]
+    above_grasp = motion.grasp + np.array([0.0, 0.0, motion.hover_height])
     lifted = np.array([motion.grasp[0], motion.grasp[1], motion.carry_height])
     above_release = np.array([motion.release[0], motion.release[1], motion.carry_height])
+    away = motion.release + np.array([0.0, 0.0, RETREAT])
     return [
         Waypoint("hover", above_grasp, GRIPPER_OPEN, tolerance=0.02),
         Waypoint("descend", motion.grasp, GRIPPER_OPEN, tolerance=0.007, max_steps=30),
@@ -54,7 +59,7 @@ def waypoints(motion: PickAndPlace) -> list[Waypoint]:
         Waypoint("carry", above_release, GRIPPER_CLOSE, tolerance=0.012),
         Waypoint("lower", motion.release, GRIPPER_CLOSE, tolerance=0.012, max_steps=20),
         Waypoint("open", motion.release, GRIPPER_OPEN, tolerance=np.inf, min_steps=5),
-        Waypoint("retreat", motion.release + [0.0, 0.0, 0.06], GRIPPER_OPEN, tolerance=0.035, max_steps=10),
+        Waypoint("retreat", away, GRIPPER_OPEN, tolerance=0.035, max_steps=10),
     ]
 
 
@@ -106,7 +111,8 @@ def plan(environment: LiberoEnvironment) -> PickAndPlace:
     """
     goal = environment.goal
     if len(goal) == 1 and goal[0][0] == "in" and goal[0][2].endswith("_contain_region"):
-        planner, destination = plan_into_basket, goal[0][2].removesuffix("_contain_region")
+        planner: Planner = plan_into_basket
+        destination = goal[0][2].removesuffix("_contain_region")
     elif len(goal) == 1 and goal[0][0] == "on" and goal[0][2].startswith("plate"):
         planner, destination = plan_onto_plate, goal[0][2]
     else:
