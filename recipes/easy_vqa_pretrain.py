@@ -392,6 +392,8 @@ def export(config: PretrainConfig, model: Any, processor: PaliGemmaProcessor, re
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
+    # The tokenizer would store how it last padded a batch.
+    processor.tokenizer.backend_tokenizer.no_padding()
     processor.save_pretrained(partial)
 
     stored = PaliGemmaForConditionalGeneration.from_pretrained(
