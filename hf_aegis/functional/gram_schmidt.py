@@ -30,10 +30,10 @@ def shed_energy(dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: 
     Share of the task gradient's energy that the projection removes, \\(1 - \lVert g' \rVert^2 / \lVert g \rVert^2\\).
 
     Computed from scalars, \\(\lVert g' \rVert^2 = \lVert g \rVert^2 - 2 \alpha d + \alpha^2 \lVert r \rVert^2\\), and
-    defined as zero for a zero gradient. All arguments share one shape; so does the result.
+    defined as zero for a zero gradient and where `alpha` is zero. All arguments share one shape; so does the result.
     """
     removed = 2.0 * alpha * dot - alpha.square() * reference_squared_norm
-    positive = task_squared_norm > 0
+    positive = (task_squared_norm > 0) & (alpha != 0)
     return torch.where(positive, removed / torch.where(positive, task_squared_norm, 1.0), 0.0)
 
 
@@ -47,8 +47,8 @@ def project_one_sided(gradient: Tensor, reference: Tensor, eps: float = 1e-12) -
         eps (`float`, *optional*, defaults to `1e-12`): Damping of the denominator.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: \\(g'\\). Zeros if `gradient` holds a value that is not finite; `gradient`
-        itself if only `reference` does. The result is always finite.
+        `torch.Tensor` of shape `(N,)`: \\(g'\\), in the dtype of `gradient`, computed in float32 or better. Zeros if
+        `gradient` holds a value that is not finite; `gradient` itself if only `reference` does. Always finite.
 
     Raises:
         `ValueError`: If the two shapes differ.
@@ -59,7 +59,9 @@ def project_one_sided(gradient: Tensor, reference: Tensor, eps: float = 1e-12) -
         )
     if not torch.isfinite(gradient).all():
         return torch.zeros_like(gradient)
-    flat_reference = reference.flatten()
-    dot = torch.linalg.vecdot(gradient.flatten(), flat_reference)
-    alpha = one_sided_coefficient(dot, torch.linalg.vecdot(flat_reference, flat_reference), eps)
-    return gradient if alpha == 0 else gradient - alpha * reference
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    wide_gradient, wide_reference = gradient.to(wide), reference.to(wide)
+    dot = torch.linalg.vecdot(wide_gradient.flatten(), wide_reference.flatten())
+    squared_norm = torch.linalg.vecdot(wide_reference.flatten(), wide_reference.flatten())
+    alpha = one_sided_coefficient(dot, squared_norm, eps)
+    return gradient if alpha == 0 else (wide_gradient - alpha * wide_reference).to(gradient.dtype)

@@ -5,7 +5,7 @@ Knows no robots and no particular model: it works on any Hugging Face decoder wh
 """
 
 from hf_aegis.gradients.diagnostics import ProjectionReport
-from hf_aegis.gradients.graph import LayerLeakError
+from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import Combiner, GradientProjector, OneSidedGramSchmidt
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
@@ -19,6 +19,7 @@ __all__ = [
     "GradientShield",
     "LayerLeakError",
     "LayerPenalty",
+    "LostGradientError",
     "OneSidedGramSchmidt",
     "ParameterGroups",
     "ProjectionReport",

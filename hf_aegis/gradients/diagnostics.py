@@ -1,6 +1,6 @@
 """What a projected backward pass did, per group and in total (arXiv 2604.16067, §4 and appendix B)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class ProjectionReport:
         mean_term, std_term (`Tensor` of shape `(L,)`):
             Each layer's transport distance, split into means and standard deviations; not scaled.
         penalty_scale (`float`): \\(\lambda\\).
+        dropped (`list[str]`): Groups whose gradients were removed because they were not finite.
     """
 
     groups: list[str]
@@ -33,11 +34,13 @@ class ProjectionReport:
     mean_term: Tensor
     std_term: Tensor
     penalty_scale: float
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def cosine(self) -> Tensor:
         """Cosine between task gradient and reference direction per group, `(G,)`; zero where either vanishes."""
-        norms = (self.task_squared_norm * self.reference_squared_norm).sqrt()
+        # One root each: the product of two squared norms would leave float32's range.
+        norms = self.task_squared_norm.sqrt() * self.reference_squared_norm.sqrt()
         return torch.where(norms > 0, self.dot / torch.where(norms > 0, norms, 1.0), 0.0)
 
     @property
@@ -88,7 +91,8 @@ class ProjectionReport:
     def per_group(self) -> dict[str, Any]:
         """Lists over groups and layers, ready for a JSON line."""
         return {
-            "groups": self.groups,
+            "groups": list(self.groups),
+            "dropped": list(self.dropped),
             "dot": self.dot.tolist(),
             "cosine": self.cosine.tolist(),
             "alpha": self.alpha.tolist(),

@@ -1,6 +1,6 @@
 """Reading the autograd graph between the outputs of two neighbouring layers."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +12,10 @@ class LayerLeakError(RuntimeError):
     """A layer's output depends on a lower layer by another way than that layer's hidden output."""
 
 
+class LostGradientError(RuntimeError):
+    """A loss was differentiated, but no gradient came back to the decoder layers that ran."""
+
+
 @dataclass(frozen=True)
 class GraphSegment:
     """
@@ -20,24 +24,21 @@ class GraphSegment:
     Attributes:
         nodes (`list[torch.autograd.graph.Node]`): Its backward nodes, leaves excluded.
         parameters (`dict[str, torch.nn.Parameter]`): Trainable parameters that it uses, by name.
-        foreign_boundaries (`list[int]`): Indices of other layers' outputs that it reads directly.
+        boundaries (`set[torch.autograd.graph.Node]`): Nodes of other layers' outputs at which it ends.
     """
 
     nodes: list[Node]
     parameters: dict[str, Parameter]
-    foreign_boundaries: list[int]
+    boundaries: set[Node]
 
 
-def walk_segment(
-    output: GradientEdge, boundaries: Mapping[Node, int], lower: int | None, names: Mapping[int, str]
-) -> GraphSegment:
+def walk_segment(output: GradientEdge, boundaries: Container[Node], names: Mapping[int, str]) -> GraphSegment:
     """
-    Collects the graph above the output of the layer below.
+    Collects the graph above the outputs of other layers.
 
     Args:
         output (`torch.autograd.graph.GradientEdge`): The layer's hidden output.
-        boundaries (`Mapping[Node, int]`): Nodes that produced the outputs of the layers below, with their indices.
-        lower (`int`, *optional*): Index of the layer below; `None` for the lowest one.
+        boundaries (`Container[Node]`): Nodes that produced the outputs of other layers, where the walk ends.
         names (`Mapping[int, str]`): `id` of each trainable parameter of the model, with its name.
 
     Returns:
@@ -47,23 +48,23 @@ def walk_segment(
     stack: list[Node] = [output.node]
     nodes: list[Node] = []
     parameters: dict[str, Parameter] = {}
-    foreign: set[int] = set()
+    reached: set[Node] = set()
     while stack:
         node = stack.pop()
-        boundary = boundaries.get(node)
-        if boundary is not None:
-            if boundary != lower:
-                foreign.add(boundary)
+        if node in boundaries:
+            reached.add(node)
             continue
-        variable: Tensor | None = getattr(node, "variable", None)
-        if variable is not None:  # an AccumulateGrad node: a leaf
-            if (name := names.get(id(variable))) is not None:
-                assert isinstance(variable, Parameter)
-                parameters[name] = variable
-            continue
+        children = node.next_functions
+        if not children:
+            variable: Tensor | None = getattr(node, "variable", None)
+            if variable is not None:  # an AccumulateGrad node: a leaf
+                if (name := names.get(id(variable))) is not None:
+                    assert isinstance(variable, Parameter)
+                    parameters[name] = variable
+                continue
         nodes.append(node)
-        for child, _ in node.next_functions:
+        for child, _ in children:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return GraphSegment(nodes, parameters, sorted(foreign))
+    return GraphSegment(nodes, parameters, reached)

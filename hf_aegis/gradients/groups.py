@@ -41,8 +41,8 @@ class ParameterGroups:
         self._head = (
             {self.names.get(id(p)) for p in output_embeddings.parameters()} if output_embeddings is not None else set()
         )
-
         self._reached: set[str] = set()
+        self._group_of = {name: self._find_group(name) for name in self.parameters}
 
     def note_reached(self, names: Iterable[str]) -> None:
         """Notes parameters outside the decoder that feed it; from then on they are protected."""
@@ -50,10 +50,17 @@ class ParameterGroups:
 
     def is_protected(self, name: str) -> bool:
         """Whether a parameter belongs to the decoder or feeds it, rather than only reading from it."""
-        return name in self._reached or name in self._layer_of or self.group_of(name) == NON_LAYER_GROUP
+        return (
+            name in self._reached
+            or self.group_of(name).startswith(LAYER_PREFIX)
+            or self.group_of(name) == NON_LAYER_GROUP
+        )
 
     def group_of(self, name: str) -> str:
         """The group of the trainable parameter called `name`."""
+        return self._group_of[name]
+
+    def _find_group(self, name: str) -> str:
         if (layer := self._layer_of.get(name)) is not None:
             return layer
         if name in self._head:

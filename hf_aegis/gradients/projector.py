@@ -12,6 +12,7 @@ from hf_aegis.functional.gram_schmidt import one_sided_coefficient
 
 
 Granularity = Literal["layer", "global", "tensor"]
+UNPROTECTED = "unprotected"
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
 
 
@@ -33,10 +34,21 @@ class OneSidedGramSchmidt:
         return one_sided_coefficient(dot, reference_squared_norm, self.eps)
 
 
+# Bounds the float32 copies that the scalars of a half-precision tensor are computed from.
+_CHUNK = 1 << 24
+
+
 def inner_product(first: Tensor, second: Tensor) -> Tensor:
     """Inner product of two tensors of one shape, accumulated in float32 or better."""
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return torch.dot(first.reshape(-1).to(dtype), second.reshape(-1).to(dtype))
+    first, second = first.reshape(-1), second.reshape(-1)
+    if first.dtype == second.dtype and first.dtype in (torch.float32, torch.float64):
+        return torch.dot(first, second)
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    total = first.new_zeros((), dtype=wide)
+    for start in range(0, first.numel(), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        total += torch.dot(first[chunk].to(wide), second[chunk].to(wide))
+    return total
 
 
 def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
@@ -74,6 +86,8 @@ class GradientProjector:
         self._parameters: dict[str, dict[str, Parameter]] = defaultdict(dict)
         self._scalars: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         self._alphas: dict[str, Tensor] = {}
+        self._watched: dict[str, Parameter] = {}
+        self._watched_squares: list[Tensor] = []
 
     def unit(self, name: str) -> str:
         """What is projected as one vector with the parameter `name`."""
@@ -105,6 +119,14 @@ class GradientProjector:
             (inner_product(gradient, reference), squared, inner_product(reference, reference))
         )
 
+    def watch(self, name: str, gradient: Tensor) -> None:
+        """Notes the norm of a gradient that is not projected."""
+        self._watched_squares.append(inner_product(gradient, gradient))
+
+    def on_watched_accumulated(self, name: str, parameter: Parameter) -> None:
+        """Notes a parameter whose gradient is not projected."""
+        self._watched[name] = parameter
+
     def on_accumulated(self, name: str, parameter: Parameter) -> None:
         """Notes that `parameter.grad` holds the task gradient; projects the group if this was its last tensor."""
         unit = self.unit(name)
@@ -127,10 +149,21 @@ class GradientProjector:
         rows = [torch.cat([self._totals(unit), self._alphas[unit][None]]) for unit in groups]
         return groups, torch.stack(rows) if rows else torch.zeros(0, 4)
 
-    def drop(self, unit: str) -> None:
-        """Removes the gradients of a group."""
-        for parameter in self._parameters[unit].values():
-            parameter.grad = None
+    def drop_non_finite(self) -> list[str]:
+        """Removes the gradients of groups whose task gradient was not finite; returns the groups' names."""
+        groups: dict[str, Iterable[Parameter]] = {unit: self._parameters[unit].values() for unit in self._scalars}
+        squares = [torch.stack([row[1] for row in rows]).sum() for rows in self._scalars.values()]
+        if self._watched_squares:
+            groups[UNPROTECTED] = self._watched.values()
+            squares.append(torch.stack(self._watched_squares).sum())
+        if not squares:
+            return []
+        finite = torch.isfinite(torch.stack(squares)).tolist()
+        dropped = [name for name, is_finite in zip(groups, finite, strict=True) if not is_finite]
+        for name in dropped:
+            for parameter in groups[name]:
+                parameter.grad = None
+        return dropped
 
     def _totals(self, unit: str) -> Tensor:
         return torch.stack([torch.stack(row) for row in self._scalars[unit]]).sum(dim=0)

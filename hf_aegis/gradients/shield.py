@@ -16,57 +16,38 @@ Task gradients always travel through autograd's own graph, so none can be lost, 
 (keys and values that an action expert reads, for instance).
 """
 
-import inspect
+import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.diagnostics import ProjectionReport
-from hf_aegis.gradients.graph import GraphSegment, LayerLeakError, walk_segment
+from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord
+from hf_aegis.gradients.graph import GraphSegment, LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import LAYER_PREFIX, ParameterGroups
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, OneSidedGramSchmidt
 from hf_aegis.gradients.recompute import SharedRecompute
-from hf_aegis.gradients.reference import LayerPenalty, TransportPenalty
+from hf_aegis.gradients.reference import TransportPenalty
+from hf_aegis.gradients.token_mask import TokenMask
 
 
 if TYPE_CHECKING:
     from hf_aegis.anchors import ActivationAnchor
 
 
+logger = logging.getLogger(__name__)
+
 DualBackward = Literal["streaming", "two_pass"]
 DUAL_BACKWARDS: tuple[DualBackward, ...] = ("streaming", "two_pass")
-
-
-@dataclass(eq=False)
-class _LayerRecord:
-    """One layer's output in one forward pass."""
-
-    output: GradientEdge
-    segment: GraphSegment
-    hidden: Tensor
-    version: int
-    penalty: LayerPenalty
-    differentiable_penalty: Tensor | None
-    done: bool = False
-
-
-@dataclass(eq=False)
-class _ForwardPass:
-    """The layer outputs of one forward pass, and the reference cotangents on their way down."""
-
-    layers: dict[int, _LayerRecord] = field(default_factory=dict)
-    boundaries: dict[Node, int] = field(default_factory=dict)
-    cotangents: dict[int, Tensor] = field(default_factory=dict)
 
 
 class GradientShield:
@@ -84,7 +65,7 @@ class GradientShield:
 
     Each backward pass is projected on its own and then accumulated, so with gradient accumulation the projection acts
     per micro-batch. Forward passes without gradients are ignored. A forward pass and its backward pass belong into the
-    same `with` block.
+    same `with` block; one block per optimiser step is what keeps least in memory.
 
     Args:
         model (`torch.nn.Module`):
@@ -104,14 +85,22 @@ class GradientShield:
         layers (`str` or `torch.nn.ModuleList`, *optional*):
             Where the decoder layers are, if they cannot be found.
         drop_non_finite (`bool`, *optional*, defaults to `True`):
-            Remove the gradients of groups whose task gradient is not finite, so that no NaN reaches a parameter. With
-            a `GradScaler` choose `False`: it has to see them.
+            Remove the gradients of groups whose task gradient is not finite, so that no NaN reaches a parameter; all
+            parameters that are not projected count as one group. With a `GradScaler` choose `False`: it has to see
+            them.
 
     Attributes:
         report ([`ProjectionReport`], *optional*): What the last backward pass did.
 
     Raises:
         ValueError: If an option is unknown, the layers are not found, or the anchor has another shape.
+
+    Inside the context:
+
+        ValueError: If the `attention_mask` is not `(batch, tokens)`.
+        LayerLeakError: If the layers are not a chain of hidden outputs, as the dual backward needs it.
+        LostGradientError: On leaving, if losses were differentiated but none of their gradients came to the layers.
+        RuntimeError: If a backward pass goes through layers that ran in another block, or through the same ones again.
     """
 
     def __init__(
@@ -135,6 +124,8 @@ class GradientShield:
             raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
         self.model = model
         self.layers = find_decoder_layers(model, layers)
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("a decoder layer is in the list more than once, so that it has no single anchor")
         anchor.check_compatible(model, check="shape", layers=layers)
         self.dual_backward = dual_backward
         self.granularity: Granularity = granularity
@@ -146,22 +137,34 @@ class GradientShield:
         self._groups: ParameterGroups | None = None
         self._groups_key: tuple[int, ...] = ()
         self._projector: GradientProjector | None = None
-        self._passes: list[_ForwardPass] = []
+        self._token_mask = TokenMask(model)
+        self._passes: list[ForwardPass] = []
+        self._outputs: dict[Node, tuple[ForwardPass, int]] = {}
+        self._backward_passes = 0
+        self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
         self._checkpoint_functions: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._mask: Tensor | None = None
-        self._recompute = SharedRecompute(keep=lambda: self._in_reference_pass)
-        self._in_reference_pass = False
+        self._phase = phase = _Phase()
+        # Graphs own what this closes over, and must not own the shield.
+        self._recompute = SharedRecompute(keep=lambda: phase.is_reference)
         self._active = False
 
     def __enter__(self) -> Self:
         if self._active:
             raise RuntimeError("this GradientShield is already active; it does not nest")
         groups = self._current_groups()
-        self._check_devices()
         self._active = True
         self.report = None
-        self._handles.append(self.model.register_forward_pre_hook(self._on_model_input, with_kwargs=True))
+        self._backward_passes = self._entered_passes = 0
+        try:
+            self._attach(groups)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _attach(self, groups: ParameterGroups) -> None:
+        self._handles.extend(self._token_mask.follow())
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_hook(partial(self._on_layer_output, index)))
             if getattr(layer, "gradient_checkpointing", False):
@@ -169,9 +172,18 @@ class GradientShield:
         for name, parameter in groups.parameters.items():
             self._handles.append(parameter.register_hook(partial(self._on_gradient, name)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._on_accumulated, name)))
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, exception_type: type[BaseException] | None, *exception: object) -> None:
+        unreached = self._backward_passes > 0 and self._entered_passes == 0 and any(p.layers for p in self._passes)
+        self._release()
+        if unreached and exception_type is None:
+            raise LostGradientError(
+                "losses were differentiated, but no gradient came back to the decoder layers that ran: nothing was "
+                "projected, and the loss does not train the layers. (Under gradient checkpointing transformers' "
+                "layers do not write the cache through which π0's action expert reads their keys and values.)"
+            )
+
+    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         for layer, function in self._checkpoint_functions:
@@ -179,60 +191,72 @@ class GradientShield:
         self._handles.clear()
         self._checkpoint_functions.clear()
         self._passes.clear()
+        self._outputs.clear()
         self._projector = None
-        self._mask = None
         self._active = False
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def _on_model_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None and args:
-            mask = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"the shield needs a (batch, tokens) attention_mask to know which tokens count, found {found}"
-            )
-        self._mask = mask
-
     def _on_layer_output(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
         if not torch.is_grad_enabled():
             return
-        if index == 0:
-            self._passes.append(_ForwardPass())
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if _in_backward():
+            if self._passes:
+                return  # the model's own checkpointing recomputes what was recorded
+            raise LayerLeakError(
+                "decoder layers ran without gradients and are recomputed within the backward pass, where their graph "
+                'cannot be read: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        if index == 0 or not self._passes:
+            self._begin_forward()
         if not hidden.requires_grad:
             return  # nothing below this output trains
         forward = self._passes[-1]
         if index in forward.layers:
             raise LayerLeakError(f"decoder layer {index} ran twice in one forward pass, which has no single anchor")
         assert self._groups is not None
-        lower = max(forward.layers, default=None)
         edge = get_gradient_edge(hidden)
-        segment = walk_segment(edge, forward.boundaries, lower, self._groups.names)
-        if self.dual_backward == "streaming":
-            self._check_segment(index, lower, segment)
+        segment = walk_segment(edge, self._outputs, self._groups.names)
+        self._check_segment(forward, index, segment)
         self._groups.note_reached(segment.parameters)
         detached = hidden.detach()
+        mask = self._token_mask.current()
         with torch.no_grad():
-            penalty = self._penalty.observe(index, detached, self._mask)
+            penalty = self._penalty.observe(index, detached, mask)
         differentiable = None
         if self.dual_backward == "two_pass":
-            differentiable = self._penalty.differentiable(index, hidden, self._mask)
-        forward.layers[index] = _LayerRecord(edge, segment, detached, detached._version, penalty, differentiable)
-        forward.boundaries[edge.node] = index
-        # The graph must not own the records, which own the graph.
-        enter = partial(_enter_layer, weakref.ref(self), weakref.ref(forward), index)
+            differentiable = self._penalty.differentiable(index, hidden, mask)
+        forward.layers[index] = LayerRecord(
+            edge, segment.parameters, detached, detached._version, penalty, differentiable
+        )
+        self._outputs[edge.node] = (forward, index)
+        entry = _LayerEntry(self, forward, index)
         for node in segment.nodes:
-            node.register_prehook(enter)
+            node.register_prehook(entry)
 
-    def _check_segment(self, index: int, lower: int | None, segment: GraphSegment) -> None:
+    def _begin_forward(self) -> None:
+        if self._projector is not None:
+            # An earlier backward pass raised before its end, and the caller went on.
+            self._projector = None
+            self._forget([forward for forward in self._passes if forward.entered])
+        self._passes.append(ForwardPass())
+
+    def _check_segment(self, forward: ForwardPass, index: int, segment: GraphSegment) -> None:
         assert self._groups is not None
-        if segment.foreign_boundaries:
+        sources = [self._outputs[node] for node in segment.boundaries]
+        if any(source is not forward for source, _ in sources):
             raise LayerLeakError(
-                f"decoder layer {index} reads the output of layers {segment.foreign_boundaries} directly; "
-                'use dual_backward="two_pass"'
+                f"decoder layer {index} reads what an earlier run of the decoder layers returned; a layer that runs "
+                "twice in one forward pass has no single anchor"
+            )
+        if self.dual_backward == "two_pass":
+            return
+        lower = forward.below(index)
+        foreign = sorted(other for _, other in sources if other != lower)
+        if foreign:
+            raise LayerLeakError(
+                f'decoder layer {index} reads the output of layers {foreign} directly; use dual_backward="two_pass"'
             )
         if lower is None:
             return  # the lowest layer's segment runs on into embeddings and projector
@@ -246,13 +270,11 @@ class GradientShield:
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def _enter_layer(self, forward: _ForwardPass, index: int) -> None:
-        """Runs before the task's backward pass touches any node of a layer."""
-        if forward.layers[index].done:
-            return
+    def _enter_layer(self, forward: ForwardPass, index: int) -> None:
+        """Runs before the task's backward pass first touches a node of a layer."""
         if self._projector is None:
             self._begin_backward()
-        self._in_reference_pass = True
+        self._phase.is_reference = True
         try:
             if self.dual_backward == "two_pass":
                 self._differentiate_all(forward)
@@ -261,32 +283,36 @@ class GradientShield:
                     if not forward.layers[upper].done:
                         self._differentiate_layer(forward, upper)
         finally:
-            self._in_reference_pass = False
+            self._phase.is_reference = False
 
     def _begin_backward(self) -> None:
         assert self._groups is not None
+        self.report = None
+        self._backward_passes += 1
         self._projector = GradientProjector(self._groups.group_of, self.granularity, self._combiner)
         for forward in self._passes:
             for record in forward.layers.values():
-                self._projector.expect(record.segment.parameters)
+                self._projector.expect(record.parameters)
         # Autograd runs it when this backward pass has delivered its last gradient.
         torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
-    def _differentiate_layer(self, forward: _ForwardPass, index: int) -> None:
+    def _differentiate_layer(self, forward: ForwardPass, index: int) -> None:
         record = forward.layers[index]
         record.done = True
-        if record.hidden._version != record.version:
+        hidden, record.hidden = record.hidden, None
+        assert hidden is not None
+        if hidden._version != record.version:
             raise LayerLeakError(
                 f"the output of decoder layer {index} was changed in place after the layer; "
                 "its statistics no longer describe it"
             )
-        cotangent = record.penalty.cotangent(record.hidden)
+        cotangent = record.penalty.cotangent(hidden)
         from_above = forward.cotangents.pop(index, None)
         if from_above is not None:
             cotangent = cotangent + from_above
-        lower = max((i for i in forward.layers if i < index), default=None)
+        lower = forward.below(index)
         below = [] if lower is None else [forward.layers[lower].output]
-        inputs: list[Any] = [*below, *record.segment.parameters.values()]
+        inputs: list[Any] = [*below, *record.parameters.values()]
         if not inputs:
             return
         gradients = torch.autograd.grad(
@@ -298,14 +324,14 @@ class GradientShield:
         )
         if lower is not None:
             forward.cotangents[lower] = gradients[0]
-        self._add_references(list(record.segment.parameters), gradients[len(below) :])
+        self._add_references(list(record.parameters), gradients[len(below) :])
 
-    def _differentiate_all(self, forward: _ForwardPass) -> None:
+    def _differentiate_all(self, forward: ForwardPass) -> None:
         parameters: dict[str, Parameter] = {}
         penalties = []
         for record in forward.layers.values():
             record.done = True
-            parameters.update(record.segment.parameters)
+            parameters.update(record.parameters)
             assert record.differentiable_penalty is not None
             penalties.append(record.differentiable_penalty)
         gradients = torch.autograd.grad(
@@ -324,7 +350,7 @@ class GradientShield:
                 self._projector.add_reference(name, gradient)
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
-        if self._in_reference_pass:
+        if self._phase.is_reference:
             return
         if self._projector is None:
             # A part above the layers (an output head, an action expert) comes first and knows no reference.
@@ -332,20 +358,25 @@ class GradientShield:
         assert self._projector is not None and self._groups is not None
         if self._groups.is_protected(name):
             self._projector.on_gradient(name, gradient)
+        elif self.drop_non_finite:
+            self._projector.watch(name, gradient)
 
     def _on_accumulated(self, name: str, parameter: Parameter) -> None:
         assert self._projector is not None and self._groups is not None
         if self._groups.is_protected(name):
             self._projector.on_accumulated(name, parameter)
+        elif self.drop_non_finite:
+            self._projector.on_watched_accumulated(name, parameter)
 
     def _finish_backward(self) -> None:
         projector, self._projector = self._projector, None
         if projector is None:
             return
         groups, scalars = projector.finish()
-        entered = [forward for forward in self._passes if any(r.done for r in forward.layers.values())]
-        self._passes = [forward for forward in self._passes if forward not in entered]
+        entered = [forward for forward in self._passes if forward.entered]
+        self._entered_passes += len(entered)
         penalties = [record.penalty for forward in entered for record in forward.layers.values()]
+        self._forget(entered)
         dot, task, reference, alpha = scalars.unbind(dim=1)
         empty = torch.zeros(0)
         self.report = ProjectionReport(
@@ -359,15 +390,20 @@ class GradientShield:
             penalty_scale=self.penalty_scale,
         )
         if self.drop_non_finite:
-            for group, finite in zip(groups, self.report.is_finite().tolist(), strict=True):
-                if not finite:
-                    projector.drop(group)
+            self.report.dropped = projector.drop_non_finite()
+            if self.report.dropped:
+                logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
+
+    def _forget(self, passes: Sequence[ForwardPass]) -> None:
+        self._passes = [forward for forward in self._passes if forward.layers and forward not in passes]
+        self._outputs = {node: source for node, source in self._outputs.items() if source[0] not in passes}
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def _current_groups(self) -> ParameterGroups:
         key = tuple(id(p) for p in self.model.parameters() if p.requires_grad)
         if self._groups is None or key != self._groups_key:
+            self._check_devices()
             self._groups = ParameterGroups(self.model, self.layers)
             self._groups_key = key
         return self._groups
@@ -387,18 +423,39 @@ class GradientShield:
             layer._gradient_checkpointing_func = self._recompute  # type: ignore[assignment]
         elif getattr(function, "keywords", {}).get("use_reentrant", False):
             raise ValueError(
-                f"decoder layer {index}  is checkpointed with use_reentrant=True and cannot be differentiated twice; "
+                f"decoder layer {index} is checkpointed with use_reentrant=True and cannot be differentiated twice; "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
 
 
-def _enter_layer(
-    shield: "weakref.ref[GradientShield]", forward: "weakref.ref[_ForwardPass]", index: int, gradients: object
-) -> None:
-    owner, record = shield(), forward()
-    if owner is None or record is None:
-        raise RuntimeError(
-            "a backward pass went through decoder layers whose shield no longer watches them: run forward and "
-            "backward inside one `with shield:` block, and each backward pass once"
-        )
-    owner._enter_layer(record, index)
+class _Phase:
+    """Whether the gradients under way are those of the reference."""
+
+    is_reference = False
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _LayerEntry:
+    """Called by autograd before each node of a layer. The graph must not own the records, which own the graph."""
+
+    __slots__ = ("_forward", "_index", "_shield")
+
+    def __init__(self, shield: GradientShield, forward: ForwardPass, index: int) -> None:
+        self._shield = weakref.ref(shield)
+        self._forward = weakref.ref(forward)
+        self._index = index
+
+    def __call__(self, gradients: object) -> None:
+        forward = self._forward()
+        if forward is None:
+            raise RuntimeError(
+                "a backward pass went through decoder layers whose shield no longer watches them: run forward and "
+                "backward inside one `with shield:` block, and each backward pass once"
+            )
+        if not forward.layers[self._index].done:
+            shield = self._shield()
+            assert shield is not None, "a shield owns its forward passes"
+            shield._enter_layer(forward, self._index)

@@ -1,0 +1,51 @@
+"""What a shield remembers of a forward pass until its backward pass."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn import Parameter
+
+from hf_aegis.gradients.reference import LayerPenalty
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """
+    One layer's output in one forward pass.
+
+    Attributes:
+        output (`GradientEdge`): Where the layer's output is in the graph.
+        parameters (`dict[str, Parameter]`): Trainable parameters between it and the output of the layer below.
+        hidden (`Tensor` of shape `(B, T, D)`, *optional*): The output without graph; dropped once it was used.
+        version (`int`): The output's version, which changes where it is changed in place.
+        penalty ([`LayerPenalty`]): The layer's share of the penalty.
+        differentiable_penalty (`Tensor`, a scalar, *optional*): The same with a graph, for the two-pass form.
+        done (`bool`): Whether its reference gradients were computed.
+    """
+
+    output: GradientEdge
+    parameters: dict[str, Parameter]
+    hidden: Tensor | None
+    version: int
+    penalty: LayerPenalty
+    differentiable_penalty: Tensor | None
+    done: bool = False
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """The layer outputs of one forward pass, and the reference cotangents on their way down."""
+
+    layers: dict[int, LayerRecord] = field(default_factory=dict)
+    boundaries: dict[Node, int] = field(default_factory=dict)
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+    def below(self, index: int) -> int | None:
+        """The next recorded layer below layer `index`, if there is one."""
+        return max((other for other in self.layers if other < index), default=None)
+
+    @property
+    def entered(self) -> bool:
+        """Whether a backward pass has come to any of its layers."""
+        return any(record.done for record in self.layers.values())
