@@ -60,7 +60,6 @@ class AEGISConfig(TrainingArguments):
     )
     warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up, or their share below 1."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Experiment trackers to report to."})
     preserve: str = field(default="projection", metadata={"help": "How knowledge is kept.", "choices": PRESERVE})
     dual_backward: str = field(
         default="streaming", metadata={"help": "Form of the dual backward.", "choices": DUAL_BACKWARDS}

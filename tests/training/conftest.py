@@ -1,6 +1,9 @@
+import json
 from collections.abc import Callable
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -12,6 +15,14 @@ from hf_aegis.training import AEGISConfig
 
 VOCABULARY = 61
 TOKENS = 10
+# Sizes of the embedded model's action expert in these tests.
+FLOW = {
+    "chunk_size": 4,
+    "expert_hidden_size": 16,
+    "expert_num_layers": 1,
+    "expert_num_heads": 2,
+    "expert_intermediate_size": 32,
+}
 
 
 class TokenDataset(Dataset):
@@ -101,3 +112,83 @@ def make_args(tmp_path) -> Callable[..., AEGISConfig]:
         return AEGISConfig(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory) -> str:
+    """A folder of two LIBERO tasks with three short demonstrations each, noise for pictures and smooth actions."""
+    folder = tmp_path_factory.mktemp("demonstrations")
+    convention = {
+        "format_version": 1,
+        "observation": "before_action",
+        "image_origin": "top_left",
+        "image_size": 64,
+        "frames": "raw",
+    }
+    for task, instruction in enumerate(("pick up the red circle", "pick up the blue triangle")):
+        random = np.random.default_rng(task)
+        with h5py.File(folder / f"task_{task}_demo.hdf5", "w") as file:
+            data = file.create_group("data")
+            data.attrs["env_name"] = "Libero_Floor_Manipulation"
+            data.attrs["env_args"] = json.dumps({"env_name": "Libero_Floor_Manipulation"})
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+            data.attrs["bddl_file_name"] = f"bddl_files/libero_object/task_{task}.bddl"
+            data.attrs["hf_aegis_convention"] = json.dumps(convention)
+            for index, length in enumerate((6, 7, 8)):
+                demo = data.create_group(f"demo_{index}")
+                demo.attrs["num_samples"] = length
+                demo["actions"] = np.cumsum(random.normal(0, 0.1, (length, 7)), axis=0).clip(-1, 1)
+                for key, width in (("joint_states", 7), ("gripper_states", 2), ("ee_states", 6)):
+                    demo[f"obs/{key}"] = random.normal(0, 0.5, (length, width))
+                for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+                    demo[f"obs/{camera}"] = random.integers(0, 256, (length, 64, 64, 3), dtype=np.uint8)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def make_libero(demonstrations) -> Callable[..., Dataset]:
+    def make(split: str = "train", **options: Any) -> Dataset:
+        from hf_aegis.data import LiberoDataset
+
+        return LiberoDataset(demonstrations, chunk_size=FLOW["chunk_size"], split=split, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_flow_model() -> Callable[..., PreTrainedModel]:
+    """The embedded model with a tiny action expert, the same at every call."""
+
+    def make(dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+        from hf_aegis.assets import EMBEDDED_VLM
+        from hf_aegis.models import PaliGemmaFlowForAction
+
+        torch.manual_seed(0)
+        return PaliGemmaFlowForAction.from_vlm(EMBEDDED_VLM, dtype=dtype, **{**FLOW, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vqa_holdout() -> Any:
+    from transformers import AutoProcessor
+
+    from hf_aegis.assets import EMBEDDED_VLM
+    from hf_aegis.data.vqa import load_easy_vqa
+    from hf_aegis.evaluation.vqa import VQAHoldout
+
+    return VQAHoldout(load_easy_vqa("test", 6, seed=0), AutoProcessor.from_pretrained(EMBEDDED_VLM))
+
+
+@pytest.fixture(scope="session")
+def flow_anchor(make_flow_model) -> ActivationAnchor:
+    """The embedded model's anchor on a few of easy-VQA's training questions."""
+    from transformers import AutoProcessor
+
+    from hf_aegis.assets import EMBEDDED_VLM
+    from hf_aegis.data.vqa import VQACollator, load_easy_vqa
+
+    collator = VQACollator(AutoProcessor.from_pretrained(EMBEDDED_VLM))
+    samples = load_easy_vqa("train", 16, seed=0)
+    batches = [collator(samples[:8]), collator(samples[8:])]
+    return ActivationAnchor.collect(make_flow_model(), batches, dataset_id="easy-vqa", progress=False)
