@@ -88,6 +88,9 @@ class ExpertEMA:
             if name not in stored or stored[name].shape != average.shape:
                 found = tuple(stored[name].shape) if name in stored else "nothing"
                 raise ValueError(f"{path}: expected {name} of shape {tuple(average.shape)}, found {found}")
+        if more := sorted(stored.keys() - self.average.keys()):
+            raise ValueError(f"{path} averages {more[0]!r}, which is not among the expert's trainable parameters")
+        for name, average in self.average.items():
             average.copy_(stored[name])
         with safe_open(path, framework="pt") as file:
             self.step = int(file.metadata()["step"])

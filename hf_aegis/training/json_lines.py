@@ -27,10 +27,14 @@ class JSONLines:
         os.replace(staged, self.path)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes records at the end."""
-        with self.path.open("a") as file:
+        """Writes records at the end, in the place of a line that a killed process left half-written."""
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
             for record in records:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a last line that a killed process left half-written is passed over."""

@@ -1,0 +1,49 @@
+import pytest
+
+from hf_aegis.training.json_lines import JSONLines
+
+
+@pytest.fixture
+def lines(tmp_path):
+    lines = JSONLines(tmp_path / "new" / "metrics.jsonl")
+    lines.rewind(0)
+    return lines
+
+
+def test_rewinding_drops_what_a_resumed_run_writes_again(lines):
+    records = [{"step": step, "loss": step / 3, "name": "ü\u2028"} for step in (0, 1, 1, 2, 3)]
+    lines.append(records[:2])
+    lines.append(records[2:])
+    assert lines.read() == records
+    lines.rewind(1)
+    assert lines.read() == records[:3]
+    lines.rewind(0)
+    assert lines.read() == []
+    assert [path.name for path in lines.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_half_written_last_line_is_passed_over_and_removed(lines):
+    lines.append([{"step": 1}, {"step": 2}])
+    with lines.path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert lines.read() == [{"step": 1}, {"step": 2}]
+    lines.rewind(2)
+    lines.append([{"step": 3}])
+    assert lines.read() == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_half_written_last_line_does_not_spoil_what_follows(lines):
+    lines.append([{"step": 1}])
+    with lines.path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    lines.append([{"step": 2}])
+    assert lines.read() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_corrupt_line_elsewhere_is_an_error_that_names_it(lines):
+    lines.append([{"step": 1}])
+    with lines.path.open("a") as file:
+        file.write("nonsense\n")
+    lines.append([{"step": 2}])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        lines.read()
