@@ -1,7 +1,7 @@
 """Where to take an object and where to let it go: geometry from bounding boxes, without a simulator."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ RIM_INSET = 0.0055
 SET_DOWN_MARGIN = 0.012
 CARRY_CLEARANCE = 0.035
 BOWL_LIFT = 0.075
+DRAWER_LIFT = 0.13
 
 ITEM_OFFSETS = (0.0, 0.01, -0.01, 0.02, -0.02)
 ITEM_YAWS = tuple(np.radians([0.0, 12.0, -12.0, 24.0, -24.0]))
@@ -40,6 +41,8 @@ class PickAndPlace:
         yaw (`float`, *optional*, defaults to 0.0): The hand's turn about the vertical, rad; at 0 its fingers close
             along the world's y axis.
         hover_height (`float`, *optional*, defaults to 0.08): Height above the grasp from which the hand descends.
+        lift_tolerance (`float`, *optional*, defaults to 0.05):
+            The hand begins to travel when it is this close to its carrying height, cutting the corner, m.
     """
 
     grasp: np.ndarray
@@ -47,15 +50,15 @@ class PickAndPlace:
     carry_height: float
     yaw: float = 0.0
     hover_height: float = 0.08
+    lift_tolerance: float = 0.05
 
     def varied(self, generator: np.random.Generator) -> "PickAndPlace":
         """A motion with another hover and carry height and a slightly shifted release."""
         shift = generator.uniform(-0.008, 0.008, size=2)
-        return PickAndPlace(
-            grasp=self.grasp,
+        return replace(
+            self,
             release=self.release + np.array([shift[0], shift[1], 0.0]),
             carry_height=self.carry_height + generator.uniform(0.0, 0.03),
-            yaw=self.yaw,
             hover_height=self.hover_height + generator.uniform(-0.015, 0.02),
         )
 
@@ -154,7 +157,11 @@ def plan_onto_plate(bowl: Bounds, plate: Bounds, obstacles: list[Bounds]) -> Pic
     grasp, yaw = most_comfortable(candidates, obstacles)
     middle = (plate[0] + plate[1]) / 2.0
     release = np.array([middle[0], middle[1], plate[1][2] + SET_DOWN_MARGIN]) + (grasp - [*centre[:2], low[2]])
-    return PickAndPlace(grasp, release, carry_height=max(grasp[2], release[2] - SET_DOWN_MARGIN) + BOWL_LIFT, yaw=yaw)
+    enclosed = any(np.all(centre > lower) and np.all(centre < upper) for lower, upper in obstacles)
+    # Out of a drawer the way leads straight up, until the bowl has cleared its walls.
+    lift, tolerance = (DRAWER_LIFT, 0.02) if enclosed else (BOWL_LIFT, 0.05)
+    carry_height = max(grasp[2], release[2] - SET_DOWN_MARGIN) + lift
+    return PickAndPlace(grasp, release, carry_height, yaw=yaw, lift_tolerance=tolerance)
 
 
 def _half_turn(yaw: float) -> float:

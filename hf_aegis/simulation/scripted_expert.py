@@ -17,6 +17,7 @@ GAIN = 1.6
 """Asking for more than the error makes up for the controller's lag; from 2 on the hand overshoots."""
 
 RETREAT = 0.06
+LONG_DROP = 0.2
 STILL_FINGERS = 0.0006
 """Fingers that move less than this in a step, m, have closed on something."""
 
@@ -46,21 +47,28 @@ class Waypoint:
 
 
 def waypoints(motion: PickAndPlace) -> list[Waypoint]:
-    """The stations of a motion: hover, descend, close, lift, carry, lower, open, retreat."""
+    """
+    The stations of a motion: hover, descend, close, lift, carry, lower, open, retreat; where the way down is long,
+    `approach` before `lower`, which is given few steps because it may end by pressing on something.
+    """
     above_grasp = motion.grasp + np.array([0.0, 0.0, motion.hover_height])
     lifted = np.array([motion.grasp[0], motion.grasp[1], motion.carry_height])
     above_release = np.array([motion.release[0], motion.release[1], motion.carry_height])
     away = motion.release + np.array([0.0, 0.0, RETREAT])
-    return [
+    stations = [
         Waypoint("hover", above_grasp, GRIPPER_OPEN, tolerance=0.02),
         Waypoint("descend", motion.grasp, GRIPPER_OPEN, tolerance=0.007, max_steps=30),
         Waypoint("close", motion.grasp, GRIPPER_CLOSE, tolerance=np.inf, min_steps=6, max_steps=14, until_still=True),
-        Waypoint("lift", lifted, GRIPPER_CLOSE, tolerance=0.05),
+        Waypoint("lift", lifted, GRIPPER_CLOSE, tolerance=motion.lift_tolerance),
         Waypoint("carry", above_release, GRIPPER_CLOSE, tolerance=0.012),
         Waypoint("lower", motion.release, GRIPPER_CLOSE, tolerance=0.012, max_steps=20),
         Waypoint("open", motion.release, GRIPPER_OPEN, tolerance=np.inf, min_steps=5),
         Waypoint("retreat", away, GRIPPER_OPEN, tolerance=0.035, max_steps=10),
     ]
+    if motion.carry_height - motion.release[2] > LONG_DROP:
+        above = motion.release + np.array([0.0, 0.0, 0.08])
+        stations.insert(5, Waypoint("approach", above, GRIPPER_CLOSE, tolerance=0.02, max_steps=40))
+    return stations
 
 
 def hand_down(yaw: float) -> np.ndarray:

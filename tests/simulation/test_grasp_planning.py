@@ -91,6 +91,13 @@ def test_a_bowl_is_taken_at_its_rim_and_its_middle_lands_on_the_plates_middle():
     assert motion.carry_height > motion.release[2]
 
 
+def test_a_bowl_in_a_drawer_is_lifted_straight_up_and_higher():
+    drawer = box([-0.06, 0.2, 0.95], [0.3, 0.3, 0.2])
+    free, enclosed = plan_onto_plate(BOWL, PLATE, []), plan_onto_plate(BOWL, PLATE, [drawer])
+    assert enclosed.carry_height > free.carry_height + 0.05
+    assert enclosed.lift_tolerance < free.lift_tolerance
+
+
 @pytest.mark.parametrize("height", [0.018, 0.076, 0.146])
 def test_what_hangs_from_the_hand_passes_over_the_basket_and_is_let_go_inside(height):
     item = box([0.05, -0.1, height / 2], [0.05, 0.05, height])

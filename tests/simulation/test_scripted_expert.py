@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,11 @@ def test_waypoints_of_a_motion():
     assert place["retreat"][2] > place["lower"][2]
     closed = [station.name for station in stations if station.gripper == 1]
     assert closed == ["close", "lift", "carry", "lower"]
+
+
+def test_a_long_way_down_has_a_station_more():
+    names = [station.name for station in waypoints(replace(MOTION, carry_height=0.4))]
+    assert names[4:7] == ["carry", "approach", "lower"]
 
 
 @pytest.mark.parametrize("vector", [[0, 0, 0], [1e-9, 0, 0], [0.3, -0.2, 0.9], [0, 2.5, 0], [-1.0, 1.0, 1.0]])
