@@ -17,10 +17,10 @@ class LayerRecord:
     Attributes:
         output (`GradientEdge`): Where the layer's output is in the graph.
         parameters (`dict[str, Parameter]`): Trainable parameters between it and the output of the layer below.
-        hidden (`Tensor` of shape `(B, T, D)`, *optional*): The output without graph; dropped once it was used.
+        hidden (`Tensor` of shape `(B, T, D)`, *optional*): The output, for the two-pass form with its graph; dropped
+            once it was used.
         version (`int`): The output's version, which changes where it is changed in place.
         penalty ([`LayerPenalty`]): The layer's share of the penalty.
-        differentiable_penalty (`Tensor`, a scalar, *optional*): The same with a graph, for the two-pass form.
         done (`bool`): Whether its reference gradients were computed.
     """
 
@@ -29,7 +29,6 @@ class LayerRecord:
     hidden: Tensor | None
     version: int
     penalty: LayerPenalty
-    differentiable_penalty: Tensor | None
     done: bool = False
 
 

@@ -56,7 +56,11 @@ def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     if alpha.device.type == "cpu":
         if (value := float(alpha)) != 0.0:
             gradient.sub_(reference, alpha=value)
-        return
+    else:
+        _bend_on_device(gradient, reference, alpha)
+
+
+def _bend_on_device(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     # Reading `alpha` would make the host wait for the device, so the choice is made there. Half-precision gradients
     # are bent in float32, lest the coefficient be rounded before it is used.
     wide = torch.promote_types(gradient.dtype, torch.float32)

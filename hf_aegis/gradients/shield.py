@@ -224,12 +224,8 @@ class GradientShield:
         mask = self._token_mask.current()
         with torch.no_grad():
             penalty = self._penalty.observe(index, detached, mask)
-        differentiable = None
-        if self.dual_backward == "two_pass":
-            differentiable = self._penalty.differentiable(index, hidden, mask)
-        forward.layers[index] = LayerRecord(
-            edge, segment.parameters, detached, detached._version, penalty, differentiable
-        )
+        kept = hidden if self.dual_backward == "two_pass" else detached
+        forward.layers[index] = LayerRecord(edge, segment.parameters, kept, kept._version, penalty)
         self._outputs[edge.node] = (forward, index)
         entry = _LayerEntry(self, forward, index)
         for node in segment.nodes:
@@ -298,14 +294,7 @@ class GradientShield:
 
     def _differentiate_layer(self, forward: ForwardPass, index: int) -> None:
         record = forward.layers[index]
-        record.done = True
-        hidden, record.hidden = record.hidden, None
-        assert hidden is not None
-        if hidden._version != record.version:
-            raise LayerLeakError(
-                f"the output of decoder layer {index} was changed in place after the layer; "
-                "its statistics no longer describe it"
-            )
+        hidden = _take_hidden(record, index)
         cotangent = record.penalty.cotangent(hidden)
         from_above = forward.cotangents.pop(index, None)
         if from_above is not None:
@@ -329,11 +318,11 @@ class GradientShield:
     def _differentiate_all(self, forward: ForwardPass) -> None:
         parameters: dict[str, Parameter] = {}
         penalties = []
-        for record in forward.layers.values():
-            record.done = True
-            parameters.update(record.parameters)
-            assert record.differentiable_penalty is not None
-            penalties.append(record.differentiable_penalty)
+        with torch.enable_grad():
+            for index, record in forward.layers.items():
+                parameters.update(record.parameters)
+                hidden = _take_hidden(record, index)
+                penalties.append(self._penalty.differentiable(index, hidden, record.penalty.mask))
         gradients = torch.autograd.grad(
             penalties,
             list(parameters.values()),
@@ -426,6 +415,19 @@ class GradientShield:
                 f"decoder layer {index} is checkpointed with use_reentrant=True and cannot be differentiated twice; "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+
+
+def _take_hidden(record: LayerRecord, index: int) -> Tensor:
+    """The output that a layer's penalty is differentiated at; the record lets go of it."""
+    record.done = True
+    hidden, record.hidden = record.hidden, None
+    assert hidden is not None
+    if hidden._version != record.version:
+        raise LayerLeakError(
+            f"the output of decoder layer {index} was changed in place after the layer; "
+            "its statistics no longer describe it"
+        )
+    return hidden
 
 
 class _Phase:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_aegis.anchors import ActivationAnchor, AnchorMismatchError
-from hf_aegis.gradients import GradientShield, LayerLeakError
+from hf_aegis.gradients import GradientShield, LayerLeakError, LostGradientError
 
 
 WIDTH = 4
@@ -70,9 +70,7 @@ def expected_gradients(model):
     outputs = []
 
     def note(module, args, out):
-        out = out[0] if isinstance(out, tuple) else out
-        # The penalty of what the layer returned, whatever is done to it in place afterwards.
-        outputs.append(out * 1.0)
+        outputs.append(out[0] if isinstance(out, tuple) else out)
 
     hooks = [layer.register_forward_hook(note) for layer in model.layers]
     loss = task(model)
@@ -162,11 +160,10 @@ def changed_in_place(model, hidden):
     return model.layers[2](hidden)
 
 
-def test_an_output_changed_in_place(assert_same):
-    model = Decoder(changed_in_place)
+@FORMS
+def test_an_output_changed_in_place(form):
     with pytest.raises(LayerLeakError, match="output of decoder layer 1 was changed in place"):
-        shielded_gradients(model, "streaming")
-    assert_same(shielded_gradients(model, "two_pass"), expected_gradients(model), 1e-8)
+        shielded_gradients(Decoder(changed_in_place), form)
 
 
 def changed_by_a_new_tensor(model, hidden):
@@ -244,6 +241,50 @@ def test_layers_that_the_model_checkpoints_itself(form, reentrant, assert_same):
             shielded_gradients(model, form)
         return
     assert_same(shielded_gradients(model, form), expected_gradients(Decoder()), 1e-8)
+
+
+@FORMS
+def test_a_loss_that_does_not_reach_the_layers(form):
+    model = Decoder()
+    head = nn.Linear(WIDTH, 1).double()
+    model.head = head
+    shield = GradientShield(model, FakeAnchor(), dual_backward=form)
+
+    def losses():
+        hidden = model(IDS, attention_mask=MASK)
+        return head(hidden.detach()).sum(), hidden.sum()
+
+    with pytest.raises(LostGradientError, match="no gradient came back to the decoder layers"), shield:
+        losses()[0].backward()
+    # As long as one backward pass reaches them, the others need not.
+    with shield:
+        for loss in losses():
+            loss.backward()
+    with shield:
+        for loss in reversed(losses()):
+            loss.backward()
+
+    # An exception on the way is not covered up.
+    def fail():
+        with shield:
+            losses()[0].backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+@FORMS
+def test_a_mask_without_tokens_changes_nothing(form, assert_same):
+    model = Decoder()
+    model(IDS).sum().backward()
+    plain = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with GradientShield(model, FakeAnchor(), dual_backward=form) as shield:
+        model(IDS, attention_mask=torch.zeros_like(MASK)).sum().backward()
+    assert_same({name: p.grad for name, p in model.named_parameters()}, plain, 0.0)
+    assert shield.report.reference_squared_norm.tolist() == [0.0] * 4
+    assert shield.report.summary()["throttle_rate"] == 0.0
 
 
 @FORMS
