@@ -112,7 +112,7 @@ class TaskSummary:
         return self.attempts - self.demonstrations
 
 
-class RecordingError(RuntimeError):
+class RecordingError(ValueError):
     """The expert did not succeed often enough."""
 
 
