@@ -3,19 +3,18 @@
 import argparse
 import dataclasses
 import importlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+
+from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.text_file import write_text
 
 
 if TYPE_CHECKING:
     from hf_aegis.data.vqa import VQASample
-
-logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 EASY_VQA = "easy-vqa"
@@ -33,7 +32,7 @@ class AnchorRecipe:
     model: str = _option(EMBEDDED, "'embedded', a folder, or a PaliGemma model on the Hub")
     revision: str | None = _option(None, "revision of the model on the Hub")
     attn_implementation: str = _option("eager", "attention implementation; training must use the same")
-    dtype: str = _option("float32", "dtype of the weights: float32 or bfloat16")
+    dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of the weights")
     device: str = _option("auto", "torch device; 'auto' takes the GPU where there is one")
     dataset: str = _option(EASY_VQA, "'easy-vqa', or a dataset (Hub id or folder) that `datasets` can stream")
     split: str = _option("train", "split of the dataset; keep it apart from what you evaluate on")
@@ -42,27 +41,20 @@ class AnchorRecipe:
     answer_column: str = _option("answer", "column with the answer, a string (streamed datasets)")
     num_samples: int = _option(3000, "number of samples")
     batch_size: int = _option(30, "samples per forward pass; part of the definition of moments='batch'")
-    moments: str = _option("batch", "'batch': the paper's average over batches; 'pooled': exact over all tokens")
+    moments: Literal["batch", "pooled"] = _option(
+        "batch", "'batch': the paper's average over batches; 'pooled': exact over all tokens"
+    )
     seed: int = _option(0, "shuffles the samples before the first num_samples are taken")
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name, choices in (("dtype", ("float32", "bfloat16")), ("moments", ("batch", "pooled"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, found {getattr(self, name)!r}")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and one option per field of [`AnchorRecipe`]."""
-    parser.add_argument("--config", type=Path, help="recipe (YAML); options given on the command line win")
-    for option in dataclasses.fields(AnchorRecipe):
-        parser.add_argument(
-            f"--{option.name}",
-            type=int if option.type is int else str,
-            help=f"{option.metadata['help']} (default: {option.default})",
-        )
+def configure(parser: CommandParser) -> None:
+    """Makes the fields of [`AnchorRecipe`] the options."""
+    parser.take_recipe(AnchorRecipe)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,10 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     Collects the anchor and writes it, with the resolved recipe, to the output folder.
 
     Raises:
-        ValueError: if the recipe, the data or the model's statistics are not usable.
+        ValueError: if the data or the model's statistics are not usable.
         OSError: if a file or model cannot be read.
     """
-    recipe = resolve_recipe(arguments)
+    recipe: AnchorRecipe = arguments.recipe[0]
 
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -109,40 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"but num_samples is {recipe.num_samples}"
         )
     folder = anchor.save_pretrained(recipe.output_dir)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
     print(f"{anchor}\nsaved to {folder}")
     return 0
-
-
-def resolve_recipe(arguments: argparse.Namespace) -> AnchorRecipe:
-    """
-    The recipe's file overridden by the command line.
-
-    Raises:
-        ValueError: if the file is not a mapping, or a key is unknown or has the wrong type; file and key are named.
-    """
-    known = {option.name: option for option in dataclasses.fields(AnchorRecipe)}
-    values = {} if arguments.config is None else _read_yaml(arguments.config)
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{arguments.config}: unknown keys {unknown}, expected some of {sorted(known)}")
-    for name, value in values.items():
-        # A quoted number or an unquoted `yes` would otherwise surface far from here.
-        optional = known[name].default is None
-        expected = str if optional else type(known[name].default)
-        if not (type(value) is expected or (optional and value is None)):
-            raise ValueError(f"{arguments.config}: key {name!r} is {value!r}, expected {expected.__name__}")
-    values.update({name: getattr(arguments, name) for name in known if getattr(arguments, name) is not None})
-    return AnchorRecipe(**values)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, expected a mapping of options")
-    return values
 
 
 def _batches(recipe: AnchorRecipe) -> Iterator[list["VQASample"]]:

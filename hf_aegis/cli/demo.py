@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hf_aegis.cli.text_file import write_text
 
 
 # Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
@@ -42,11 +43,19 @@ ANCHOR_SAMPLES = 3000
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options."""
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
     parser.add_argument(
-        "--max_steps", type=int, default=TRAINING["max_steps"], help="training steps of each condition"
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/demo"),
+        help="folder for results and figures; a demo interrupted there continues (default: outputs/demo)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of expert, batches, noise and times")
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=TRAINING["max_steps"],
+        help=f"training steps of each condition (default: {TRAINING['max_steps']})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of expert, batches, noise and times (default: 0)")
     parser.add_argument("--vqa_final_samples", type=int, help="questions asked before and after (default: all 9,673)")
 
 
@@ -55,36 +64,41 @@ def run(arguments: argparse.Namespace) -> int:
     Collects the anchor, fine-tunes naively and with AEGIS, and writes `summary.json`, `metrics.jsonl` and figures.
 
     What is finished is not done again, so an interrupted demo continues.
+
+    Raises:
+        ValueError: If the folder holds a demo with other settings, or an option does not fit.
+        OSError: If one of the commands fails.
     """
     started = time.perf_counter()
     folder: Path = arguments.output_dir
+    shared = TRAINING | {name: getattr(arguments, name) for name in ("max_steps", "seed", "vqa_final_samples")}
+    if arguments.max_steps < 1:
+        raise ValueError(f"--max_steps must be at least 1, found {arguments.max_steps}")
     folder.mkdir(parents=True, exist_ok=True)
-    questions = [] if arguments.vqa_final_samples is None else [str(arguments.vqa_final_samples)]
+    _keep(shared, folder / "demo.json")
 
     pretrained = folder / "pretrained.json"
     if not pretrained.exists():
         print("Asking the pre-trained model ...", flush=True)
-        _call("eval-vqa", "--output", pretrained, *(["--max_samples", *questions] if questions else []))
+        questions = arguments.vqa_final_samples
+        _call("eval-vqa", "--output", pretrained, *([] if questions is None else ["--max_samples", questions]))
     anchor = folder / "anchor"
+    # The anchor's recipe is written last.
     if not (anchor / "recipe.yaml").exists():
         print("Collecting the anchor ...", flush=True)
         _call("anchor", "--output_dir", anchor, "--num_samples", ANCHOR_SAMPLES)
     summary: dict[str, Any] = {"pretrained": _vqa(json.loads(pretrained.read_text()))}
     for name, settings in CONDITIONS.items():
-        recipe = {
-            **TRAINING,
-            **settings,
-            "output_dir": str(folder / name),
-            "max_steps": arguments.max_steps,
-            "seed": arguments.seed,
-            **({"anchor": str(anchor)} if settings["preserve"] != "none" else {}),
-            **({"vqa_final_samples": arguments.vqa_final_samples} if questions else {}),
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        print(f"Fine-tuning: {name} ...", flush=True)
-        _call("train", "--config", folder / f"{name}.yaml")
-        summary[name] = json.loads((folder / name / "result.json").read_text())
-    _write(folder / "summary.json", json.dumps(summary, indent=2))
+        result = folder / name / "result.json"
+        if not result.exists():
+            recipe = {**shared, **settings, "output_dir": str(folder / name)}
+            if settings["preserve"] != "none":
+                recipe["anchor"] = str(anchor)
+            write_text(folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False))
+            print(f"Fine-tuning: {name} ...", flush=True)
+            _call("train", "--config", folder / f"{name}.yaml")
+        summary[name] = json.loads(result.read_text())
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
     _report(folder)
     print(format_table(summary))
     print(f"\n{folder}/summary.json, metrics.jsonl and *.png; {(time.perf_counter() - started) / 60:.1f} minutes")
@@ -110,6 +124,20 @@ def format_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _keep(settings: dict[str, Any], file: Path) -> None:
+    """Notes the settings of a demo, so that results of others are not taken for its own."""
+    if not file.exists():
+        write_text(file, json.dumps(settings, indent=2))
+        return
+    earlier = json.loads(file.read_text())
+    if different := [name for name in settings if earlier.get(name) != settings[name]]:
+        name = different[0]
+        raise ValueError(
+            f"{file.parent} holds a demo with other settings: {name} is {earlier.get(name)!r} there and "
+            f"{settings[name]!r} here. Choose another --output_dir, or delete the folder"
+        )
+
+
 def _vqa(scores: dict[str, Any]) -> dict[str, Any]:
     return {
         "vqa_cross_entropy": scores["cross_entropy"],
@@ -125,7 +153,7 @@ def _report(folder: Path) -> None:
 
     runs = {name: JSONLines(folder / name / METRICS_FILE).read() for name in CONDITIONS}
     lines = (json.dumps({"condition": name, **record}) for name, records in runs.items() for record in records)
-    _write(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
+    write_text(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
     loss_scale = json.loads((folder / "aegis" / "config.json").read_text())["flow_loss_scale"]
     plot_vqa(runs, folder / "vqa.png")
     plot_flow(runs, loss_scale, folder / "flow.png")
@@ -139,9 +167,3 @@ def _call(command: str, *options: object) -> None:
     )
     if result.returncode:
         raise OSError(f"hf-aegis {command} ended with code {result.returncode}; its message is above")
-
-
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(path.name + ".partial")
-    staged.write_text(text)
-    os.replace(staged, path)

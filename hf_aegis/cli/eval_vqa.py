@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from hf_aegis.assets import EMBEDDED_VLM
+from hf_aegis.cli.text_file import write_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = json.dumps(scores, indent=2)
     print(text)
     if arguments.output is not None:
-        partial = arguments.output.with_name(arguments.output.name + ".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, arguments.output)
+        write_text(arguments.output, text + "\n")
 
 
 def format_table(scores: dict[str, Any]) -> str:

@@ -2,30 +2,29 @@
 
 import argparse
 import json
+import logging
+
+from hf_aegis.cli.command_parser import CommandParser
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config`; every other option is a field of the run's or the training's arguments."""
-    parser.add_argument("--config", help="recipe (YAML); options given on the command line win")
-    parser.set_defaults(overrides=[])
-    parser.epilog = (
-        "All fields of hf_aegis.training.run.RunArguments and hf_aegis.training.AEGISConfig (and so of transformers' "
-        "TrainingArguments) are options: --output_dir out --max_steps 1500 --preserve projection ..."
-    )
+def configure(parser: CommandParser) -> None:
+    """Makes the fields of the run's and of the training's arguments the options."""
+    # When imported, it warns of a missing kernel that only 4-bit models on a CPU would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+    from hf_aegis.training import AEGISConfig
+    from hf_aegis.training.run import RunArguments
+
+    parser.take_recipe(RunArguments, AEGISConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, evaluates and prints the result."""
-    from transformers import logging
-    from trl import TrlParser
+    from transformers.utils.logging import set_verbosity_warning
 
-    from hf_aegis.training import AEGISConfig
-    from hf_aegis.training.run import RunArguments, run_training
+    from hf_aegis.training.run import run_training
 
-    parser = TrlParser([RunArguments, AEGISConfig], prog="hf-aegis train")  # type: ignore[list-item]
-    config = [] if arguments.config is None else ["--config", arguments.config]
-    run_arguments, training = parser.parse_args_and_config([*config, *arguments.overrides])
-    logging.set_verbosity_warning()
-    result = run_training(run_arguments, training)
+    set_verbosity_warning()
+    result = run_training(*arguments.recipe)
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "fingerprints")}, indent=2))
     return 0

@@ -1,4 +1,3 @@
-import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.cli import anchor as command
+from hf_aegis.cli.command_parser import CommandParser
 
 
 # The PaliGemma processor of transformers hands NumPy a tensor, whose `__array__` knows no `copy`.
@@ -71,9 +71,7 @@ def no_pause_between_streams(monkeypatch):
 
 
 def parse(*options):
-    parser = argparse.ArgumentParser()
-    command.configure(parser)
-    return parser.parse_args([str(option) for option in options])
+    return CommandParser(configure=command.configure).parse_args([str(option) for option in options])
 
 
 def test_easy_vqa_anchor_is_collected_saved_and_fits(tiny_vlm, tmp_path, capsys):
@@ -130,11 +128,11 @@ def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, option
     [
         ("number_samples: 3", r"recipe\.yaml: unknown keys \['number_samples'\]"),
         ("num_samples: '3'", r"recipe\.yaml: key 'num_samples' is '3', expected int"),
-        ("revision: 3", "key 'revision' is 3, expected str"),
-        ("- model", r"recipe\.yaml holds a list, expected a mapping"),
-        ("model: [", r"recipe\.yaml is not valid YAML"),
-        ("moments: exact", r"moments must be one of \('batch', 'pooled'\), found 'exact'"),
-        ("dtype: float16", "dtype must be one of"),
+        ("revision: 3", "key 'revision' is 3, expected str or null"),
+        ("- model", r"recipe\.yaml: expected a mapping of options, found list"),
+        ("model: [", r"recipe\.yaml: not valid YAML"),
+        ("moments: exact", r"recipe\.yaml: key 'moments' is 'exact', expected 'batch' or 'pooled'"),
+        ("dtype: float16", "key 'dtype' is 'float16', expected 'float32' or 'bfloat16'"),
         ("batch_size: 0", "batch_size must be at least 1, found 0"),
     ],
 )
@@ -142,13 +140,13 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        command.resolve_recipe(parse("--config", path))
+        parse("--config", path)
 
 
 @pytest.mark.parametrize("name", ["anchor_easy_vqa", "anchor_paligemma2_3b_vqav2"])
 def test_shipped_recipes_resolve_to_what_they_say(name):
     path = RECIPES / f"{name}.yaml"
-    recipe = command.resolve_recipe(parse("--config", path))
+    (recipe,) = parse("--config", path).recipe
     assert recipe.num_samples == 3000
     assert recipe.num_samples % recipe.batch_size == 0  # a smaller last batch would weigh as much as a full one
     assert recipe.attn_implementation == "eager"
@@ -159,5 +157,5 @@ def test_shipped_recipes_resolve_to_what_they_say(name):
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"batch_size": 5, "moments": "pooled"}))
-    recipe = command.resolve_recipe(parse("--config", path, "--batch_size", 8))
+    (recipe,) = parse("--config", path, "--batch_size", 8).recipe
     assert (recipe.batch_size, recipe.moments, recipe.seed) == (8, "pooled", 0)

@@ -1,6 +1,5 @@
 """Inspection: what a report tells, that it stops at no problem, and the `hf-aegis data` commands."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import numpy as np
 import pytest
 
 from hf_aegis.cli import data as command
+from hf_aegis.cli.command_parser import CommandParser
 from hf_aegis.data import LiberoDataset, format_report, inspect_file
 
 
 def run(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.configure(parser)
-    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+    return command.run(
+        CommandParser(configure=command.configure).parse_args([str(argument) for argument in arguments])
+    )
 
 
 def test_a_sound_file_is_described(libero_files):
@@ -138,8 +138,8 @@ def test_the_record_command_reads_recipe_and_options(recorded, tmp_path, capsys)
         ("output_dir: a\nsize: 3", r"unknown keys \['size'\], expected some of "),
         ("output_dir: a\nimage_size: '64'", "key 'image_size' is '64', expected int"),
         ("output_dir: a\ntasks: libero_object", r"key 'tasks' is 'libero_object', expected list\[str\]"),
-        ("output_dir: a\nframes: png", "key 'frames' is 'png', expected .*'raw', 'jpeg'"),
-        ("seed: 3", "output_dir is missing"),
+        ("output_dir: a\nframes: png", "key 'frames' is 'png', expected 'raw' or 'jpeg'"),
+        ("seed: 3", "required: --output_dir"),
     ],
 )
 def test_a_bad_recipe_is_refused(recorded, tmp_path, text, message):

@@ -1,0 +1,175 @@
+"""
+Recipes: YAML files with the options of a command, overridden on the command line.
+
+TRL's parser turns dataclasses into options and builds them. It looks at neither the keys' types nor the file's name,
+and sets environment variables from a key `env`; so the file is read and checked here before it is given to the parser.
+"""
+
+import argparse
+import dataclasses
+import enum
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type], options: Sequence[str], prog: str = "hf-aegis", description: str | None = None
+) -> tuple[Any, ...]:
+    """
+    Builds dataclasses from the options of a command line and the recipe that its `--config` names.
+
+    Args:
+        dataclass_types (`Sequence[type]`): The dataclasses. Their fields are the options, and the keys of the recipe.
+        options (`Sequence[str]`): The command line after the command's name. What it says wins over the recipe.
+        prog (`str`, *optional*, defaults to `"hf-aegis"`): The command, for its help.
+        description (`str`, *optional*): What the command does, for its help.
+
+    Returns:
+        `tuple`: One instance of each dataclass.
+
+    Raises:
+        OSError: If the recipe cannot be read.
+        ValueError: If an option or a key of the recipe is unknown, missing or has the wrong type.
+        SystemExit: After `--help`.
+    """
+    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    source.add_argument("--config", type=Path)
+    try:
+        found, rest = source.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    hints = option_types(dataclass_types)
+    parser = _option_parser(dataclass_types, hints, prog=prog, description=description)
+    if found.config is not None:
+        parser.set_defaults_with_config(**read_recipe(found.config, hints))
+    # Without this, a file beside the executable would be taken for options.
+    *instances, unknown = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see {prog} --help")
+    return tuple(instances)
+
+
+def option_types(dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """The annotations of all fields that are options, by name."""
+    return {
+        field.name: hints[field.name]
+        for dataclass_type in dataclass_types
+        for hints in [typing.get_type_hints(dataclass_type)]
+        for field in dataclasses.fields(dataclass_type)
+        if field.init
+    }
+
+
+def read_recipe(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Reads a YAML recipe and checks its keys and the types of its values.
+
+    Args:
+        path (`Path`): The recipe.
+        hints (`Mapping[str, Any]`): The options' type annotations.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is not a YAML mapping, or a key is unknown or has the wrong type; file and key are
+            named.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of options, found {type(values).__name__}")
+    if unknown := sorted(map(str, set(values) - set(hints))):
+        raise ValueError(f"{path}: unknown keys {unknown}, expected some of {sorted(hints)}")
+    for name, value in values.items():
+        if not _matches(value, hints[name]):
+            raise ValueError(f"{path}: key {name!r} is {value!r}, expected {_describe(hints[name])}")
+    return values
+
+
+def _option_parser(dataclass_types: Sequence[type], hints: Mapping[str, Any], **settings: Any) -> Any:
+    from trl import TrlParser
+
+    class OptionParser(TrlParser):
+        def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+            hint = hints.get(names[0].removeprefix("--"))
+            parts = typing.get_args(hint) if _is_union(hint) else (hint,)
+            # TRL would call `dict` on the text. Where text is a possible value, the dataclass reads the JSON itself.
+            if str not in parts and any(part is dict or typing.get_origin(part) is dict for part in parts):
+                settings["type"] = _json_object
+            return super().add_argument(*names, **settings)
+
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message}; see {self.prog} --help")
+
+    parser = OptionParser(
+        dataclass_types=dataclass_types,  # type: ignore[arg-type]
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        allow_abbrev=False,
+        **settings,
+    )
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, metavar="FILE", help="recipe (YAML) with any of these options"
+    )
+    return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if _is_union(hint):
+        return any(_matches(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(choice) and value == choice for choice in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, part) for item in value for part in parts)
+    if origin is dict:
+        return isinstance(value, dict)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in [choice.value for choice in hint]
+    if hint is float:
+        return type(value) in (int, float) or (isinstance(value, str) and _is_number(value))
+    # Not isinstance: a bool is an int.
+    return type(value) is hint
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 takes numbers without a decimal point, such as `3e-4`, for text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(_describe(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if hint is type(None):
+        return "null"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return f"one of {[choice.value for choice in hint]}"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

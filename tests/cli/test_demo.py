@@ -1,0 +1,250 @@
+"""The demo: order of its commands, resuming, its table and its figures, with stand-ins for the commands."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from hf_aegis.cli import demo
+from hf_aegis.reports.style import CONDITION_STYLES
+from hf_aegis.reports.training_curves import plot_flow, plot_projection, plot_vqa, series
+
+
+GROUPS = ["layers.0", "layers.1", "layers.2", "layers.10", "embeddings"]
+
+
+def metrics(offset, projected=False):
+    """A log as a training run of 20 steps writes it: several kinds of records, not every key in each."""
+    records = [{"step": 0, "vqa_cross_entropy": 0.1, "vqa_accuracy": 0.9}]
+    for step in (5, 10, 15, 20):
+        figures = {"throttle_rate": 0.4, "energy_shed": 0.01 * step, "cosine": 0.1 - 0.01 * step, "penalty": 0.2}
+        records.append({"step": step, "loss": 1 / step + offset, **(figures if projected else {})})
+        records.append({"step": step, "vqa_cross_entropy": 0.1 + offset * step, "vqa_accuracy": 0.9 - 0.02 * step})
+    return [*records, {"step": 20, "eval_loss": 0.3 + offset}, {"step": 20, "train_runtime": 3.0}]
+
+
+def projections(cosine=lambda step, index: math.sin(step + index)):
+    # A group without a finite gradient is missing from a step.
+    return [
+        {"step": step, "groups": GROUPS[step % 2 :], "cosine": [cosine(step, i) for i in range(step % 2, len(GROUPS))]}
+        for step in range(1, 21)
+    ]
+
+
+def colours(path):
+    """The colours of a picture, after it is checked to be a whole PNG."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 200
+    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(pixels.reshape(-1, 3), axis=0)}
+
+
+NAIVE, AEGIS = (CONDITION_STYLES[name]["color"] for name in ("naive", "aegis"))
+
+
+def test_series_takes_the_records_that_have_the_key():
+    steps, values = series([{"step": 0, "a": 1}, {"step": 1, "b": 2}, {"step": 4, "a": 3.5}], "a")
+    assert steps.tolist() == [0, 4]
+    assert values.tolist() == [1.0, 3.5]
+    assert [array.tolist() for array in series([{"step": 0}], "a")] == [[], []]
+
+
+def test_curves_show_every_condition(tmp_path):
+    both = {"naive": metrics(0.02), "aegis": metrics(0.0)}
+    plot_vqa(both, tmp_path / "vqa.png")
+    plot_vqa({"aegis": both["aegis"]}, tmp_path / "one.png")
+    plot_flow(both, 0.5, tmp_path / "flow.png")
+    assert colours(tmp_path / "vqa.png") >= {NAIVE, AEGIS}
+    assert NAIVE not in colours(tmp_path / "one.png")
+    assert colours(tmp_path / "flow.png") >= {NAIVE, AEGIS}
+
+
+def test_a_run_too_short_for_logs_still_has_figures(tmp_path):
+    first = metrics(0.0)[:1]
+    plot_vqa({"naive": first, "aegis": first}, tmp_path / "vqa.png")
+    plot_flow({"naive": first, "aegis": first}, 0.5, tmp_path / "flow.png")
+    plot_projection(first, projections()[:1], tmp_path / "projection.png")
+    for path in tmp_path.iterdir():
+        assert colours(path)
+
+
+def test_conflicts_are_mapped_by_layer_and_step(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    image, ticks = Axes.imshow, Axes.set_yticks
+    monkeypatch.setattr(Axes, "imshow", lambda self, data, **k: drawn.update(data=data) or image(self, data, **k))
+    monkeypatch.setattr(
+        Axes, "set_yticks", lambda self, at, names=None, **k: drawn.update(names=names) or ticks(self, at, names, **k)
+    )
+    plot_projection(metrics(0.0, projected=True), projections(), tmp_path / "projection.png")
+    assert drawn["names"] == GROUPS
+    assert drawn["data"].shape == (len(GROUPS), 20)
+    assert drawn["data"][3, 6] == math.sin(7 + 3)
+    assert np.isnan(drawn["data"][0, 6])
+    assert AEGIS in colours(tmp_path / "projection.png")
+
+
+def test_gradients_that_never_correlate_are_drawn(tmp_path):
+    plot_projection(metrics(0.0, projected=True), projections(lambda step, index: 0.0), tmp_path / "projection.png")
+    assert AEGIS in colours(tmp_path / "projection.png")
+
+
+def test_the_table_has_a_column_per_condition():
+    summary = {
+        "pretrained": {"vqa_cross_entropy": 0.0126, "vqa_accuracy": 0.9968},
+        "naive": {"vqa_cross_entropy": 3.4567, "vqa_accuracy": 0.1, "flow_mse": 0.04321, "step_ms": 149.6},
+        "aegis": {"vqa_cross_entropy": 0.02, "vqa_accuracy": 0.99, "throttle_rate": 0.415, "energy_shed": 0.0123},
+    }
+    rows = demo.format_table(summary).splitlines()
+    assert rows[0].split() == ["pretrained", "naive", "aegis"]
+    cells = {row[:32].strip(): row[32:].split() for row in rows[1:]}
+    assert cells["VQA cross-entropy (nats/token)"] == ["0.013", "3.457", "0.020"]
+    assert cells["VQA accuracy (%)"] == ["99.7", "10.0", "99.0"]
+    assert cells["held-out flow MSE"] == ["–", "0.0432", "–"]
+    assert cells["step time (ms, median)"] == ["–", "150", "–"]
+    assert cells["throttle rate (%)"] == ["–", "–", "41.5"]
+    assert cells["energy shed (%)"] == ["–", "–", "1.23"]
+    assert len({len(row) for row in rows}) == 1
+
+
+class Commands:
+    """Stands in for the commands: notes the calls and writes what they would write, or fails at one of them."""
+
+    def __init__(self):
+        self.calls = []
+        self.fail_at = None
+
+    def __call__(self, command, *options):
+        if len(self.calls) + 1 == self.fail_at:
+            raise OSError(f"{command} failed")
+        self.calls.append((command, *map(str, options)))
+        named = dict(zip(options[::2], options[1::2], strict=True))
+        if command == "eval-vqa":
+            scores = {"cross_entropy": 0.1, "accuracy": 0.9, "by_type": {"color": {"accuracy": 0.8}}}
+            named["--output"].write_text(json.dumps(scores))
+        elif command == "anchor":
+            named["--output_dir"].mkdir()
+            (named["--output_dir"] / "recipe.yaml").write_text("{}")
+        else:
+            self.train(yaml.safe_load(named["--config"].read_text()))
+
+    def train(self, recipe):
+        folder = Path(recipe["output_dir"])
+        folder.mkdir()
+        projected = recipe["preserve"] == "projection"
+        lines = {"metrics": metrics(0.0 if projected else 0.02, projected)}
+        if projected:
+            lines["projection"] = projections()
+        for name, records in lines.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "config.json").write_text('{"flow_loss_scale": 0.5}')
+        (folder / "result.json").write_text(json.dumps({"vqa_accuracy": 0.5, "flow_mse": 0.1}))
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    commands = Commands()
+    monkeypatch.setattr(demo, "_call", commands)
+    return commands
+
+
+def run(folder, *options):
+    parser = argparse.ArgumentParser()
+    demo.configure(parser)
+    return demo.run(parser.parse_args(["--output_dir", str(folder), *options]))
+
+
+def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert run(folder, "--max_steps", "20", "--vqa_final_samples", "60", "--seed", "3") == 0
+    assert commands.calls == [
+        ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60"),
+        ("anchor", "--output_dir", f"{folder}/anchor", "--num_samples", "3000"),
+        ("train", "--config", f"{folder}/naive.yaml"),
+        ("train", "--config", f"{folder}/aegis.yaml"),
+    ]
+    naive, aegis = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("naive", "aegis"))
+    assert (naive["max_steps"], naive["seed"], naive["vqa_final_samples"]) == (20, 3, 60)
+    # Everything else is shared, or the comparison would be of something else.
+    assert {key for key in naive.keys() | aegis.keys() if naive.get(key) != aegis.get(key)} == {
+        "preserve",
+        "output_dir",
+        "anchor",
+    }
+    assert aegis["anchor"] == f"{folder}/anchor"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["pretrained"] == {
+        "vqa_cross_entropy": 0.1,
+        "vqa_accuracy": 0.9,
+        "vqa_accuracy_by_type": {"color": 0.8},
+    }
+    assert list(summary) == ["pretrained", "naive", "aegis"]
+    merged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert merged == [
+        {"condition": name, **record}
+        for name, records in (("naive", metrics(0.02)), ("aegis", metrics(0.0, projected=True)))
+        for record in records
+    ]
+    for name in ("vqa", "flow", "projection"):
+        assert AEGIS in colours(folder / f"{name}.png")
+    assert demo.format_table(summary) in capsys.readouterr().out
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_all_questions_are_asked_by_default(commands, tmp_path):
+    run(tmp_path)
+    assert commands.calls[0] == ("eval-vqa", "--output", f"{tmp_path}/pretrained.json")
+    assert yaml.safe_load((tmp_path / "naive.yaml").read_text())["max_steps"] == demo.TRAINING["max_steps"]
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
+def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, tmp_path, fail_at):
+    commands.fail_at = fail_at
+    with pytest.raises(OSError, match="failed"):
+        run(tmp_path, "--max_steps", "20")
+    assert len(commands.calls) == fail_at - 1
+    assert not (tmp_path / "summary.json").exists()
+    commands.fail_at = None
+    run(tmp_path, "--max_steps", "20")
+    assert [call[0] for call in commands.calls] == ["eval-vqa", "anchor", "train", "train"]
+    summary = (tmp_path / "summary.json").read_text()
+    commands.calls.clear()
+    assert run(tmp_path, "--max_steps", "20") == 0
+    assert commands.calls == []
+    assert (tmp_path / "summary.json").read_text() == summary
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_steps", "40"), "max_steps is 20 there and 40 here"),
+        (("--max_steps", "20", "--seed", "1"), "seed is 0 there and 1 here"),
+        (("--max_steps", "20", "--vqa_final_samples", "9"), "vqa_final_samples is None there and 9 here"),
+    ],
+)
+def test_results_of_other_options_are_not_taken_for_these(commands, tmp_path, options, message):
+    run(tmp_path, "--max_steps", "20")
+    commands.calls.clear()
+    with pytest.raises(ValueError, match=f"holds a demo with other settings: {message}"):
+        run(tmp_path, *options)
+    assert commands.calls == []
+
+
+def test_results_of_an_earlier_version_are_not_taken_for_these(commands, tmp_path, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setitem(demo.TRAINING, "learning_rate", 1e-5)
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.0003 there and 1e-05 here"):
+        run(tmp_path)
+
+
+def test_a_command_that_fails_is_named(capfd):
+    with pytest.raises(OSError, match="hf-aegis data ended with code 2; its message is above"):
+        demo._call("data", "convert")
+    assert "invalid choice: 'convert'" in capfd.readouterr().err

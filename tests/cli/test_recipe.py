@@ -1,0 +1,197 @@
+"""Recipes: types of every kind, the command line over the file, and what is refused."""
+
+import dataclasses
+import enum
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from hf_aegis.cli import build_parser
+from hf_aegis.cli.recipe import parse_recipe
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclasses.dataclass
+class First:
+    folder: str = dataclasses.field(metadata={"help": "Where to write."})
+    count: int = dataclasses.field(default=3, metadata={"help": "How many."})
+    rate: float = 0.5
+    loud: bool = True
+    limit: int | None = None
+    derived: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, found {self.count}")
+        self.derived = 2 * self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Second:
+    names: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+    kind: Literal["fast", "slow"] = "fast"
+    sizes: dict[str, Any] | None = None
+    loose: dict | str | None = None
+    colour: Colour | str = "red"
+    note: str | None = None
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(text, *options):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return parse_recipe((First, Second), ["--config", str(path), *options], prog="hf-aegis test")
+
+    return parse
+
+
+def test_the_recipe_wins_over_defaults_and_the_command_line_over_the_recipe(parse):
+    first, second = parse(
+        "folder: out\ncount: 5\nloud: false\nnames: [b, c]\nkind: slow\nsizes: {width: 2}\nlimit: 7",
+        *("--count", "8", "--names", "d", "--note", "text", "--limit", "null"),
+    )
+    assert first == First("out", count=8, rate=0.5, loud=False, limit=None)
+    assert first.derived == 16
+    assert second == Second(names=["d"], kind="slow", sizes={"width": 2}, note="text")
+
+
+def test_options_alone_are_enough():
+    first, second = parse_recipe(
+        (First, Second),
+        ["--folder=out", "--no_loud", "--rate", "1e-3", "--sizes", '{"width": [1, 2]}', "--colour", "blue"],
+    )
+    assert (first.folder, first.loud, first.rate) == ("out", False, 1e-3)
+    assert (second.sizes, second.colour) == ({"width": [1, 2]}, "blue")
+
+
+@pytest.mark.parametrize(("text", "rate"), [("3e-4", 3e-4), ("2", 2.0), ("0.25", 0.25), (".5", 0.5)])
+def test_numbers_are_numbers_however_they_are_written(parse, text, rate):
+    first, _ = parse(f"folder: out\nrate: {text}")
+    assert first.rate == rate
+    assert isinstance(first.rate, (int, float))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("count: '4'", "key 'count' is '4', expected int"),
+        ("count: 4.0", "key 'count' is 4.0, expected int"),
+        ("count: true", "key 'count' is True, expected int"),
+        ("count: null", "key 'count' is None, expected int"),
+        ("limit: many", "key 'limit' is 'many', expected int or null"),
+        ("rate: fast", "key 'rate' is 'fast', expected float"),
+        ("rate: true", "key 'rate' is True, expected float"),
+        ("loud: 1", "key 'loud' is 1, expected bool"),
+        ("note: 3", "key 'note' is 3, expected str or null"),
+        ("names: a", r"key 'names' is 'a', expected list\[str\]"),
+        ("names: [a, 1]", r"key 'names' is \['a', 1\], expected list\[str\]"),
+        ("kind: best", "key 'kind' is 'best', expected 'fast' or 'slow'"),
+        ("sizes: [1]", r"key 'sizes' is \[1\], expected dict\[str, typing.Any\] or null"),
+        ("loose: 1", "key 'loose' is 1, expected dict or str or null"),
+        ("colour: 1", r"key 'colour' is 1, expected one of \['red', 'blue'\] or str"),
+        ("derived: 4", r"unknown keys \['derived'\], expected some of \['colour', 'count', "),
+        ("counts: 4\n1: 2", r"unknown keys \['1', 'counts'\]"),
+        ("[a]", "expected a mapping of options, found list"),
+        ("", "expected a mapping of options, found NoneType"),
+        ("count: [", "not valid YAML"),
+        ("folder: !!python/name:os.system", "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_file_and_key(parse, text, message):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: {message}"):
+        parse(text, "--folder", "out")
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"folder: \xff")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        parse_recipe((First,), ["--config", str(path)])
+
+
+def test_a_recipe_sets_no_environment_variables(parse, monkeypatch):
+    monkeypatch.delenv("HF_AEGIS_RECIPE_TEST", raising=False)
+    with pytest.raises(ValueError, match=r"unknown keys \['env'\]"):
+        parse("folder: out\nenv: {HF_AEGIS_RECIPE_TEST: '1'}")
+    assert "HF_AEGIS_RECIPE_TEST" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "the following arguments are required: --folder"),
+        (("--folder", "a", "--count", "x"), "argument --count: invalid int value: 'x'"),
+        (("--folder", "a", "--count", "0"), "count must be at least 1, found 0"),
+        (("--folder", "a", "--coun", "4"), "unrecognized arguments: --coun 4; see hf-aegis --help"),
+        (("--folder", "a", "stray"), "unrecognized arguments: stray"),
+        (("--folder", "a", "--kind", "best"), "argument --kind: invalid choice: 'best'"),
+        (("--folder", "a", "--sizes", "3"), "argument --sizes: expected a JSON object, found '3'"),
+        (("--folder", "a", "--sizes", "{"), "argument --sizes: '{' is not JSON"),
+        (("--folder", "a", "--config"), "argument --config: expected one argument"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe((First, Second), options)
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        parse_recipe((First,), ["--folder", "a", "--config", "nowhere.yaml"])
+
+
+def test_a_file_beside_the_executable_holds_no_options(tmp_path, monkeypatch):
+    (tmp_path / "hf-aegis.args").write_text("--count 9")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "hf-aegis")])
+    (first,) = parse_recipe((First,), ["--folder", "a"])
+    assert first.count == 3
+
+
+def test_help_lists_options_texts_and_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_recipe((First, Second), ["--help"], prog="hf-aegis test", description="Tests.")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: hf-aegis test [--config FILE] [--OPTION VALUE ...] Tests.")
+    for part in ("--folder FOLDER Where to write.", "How many. (default: 3)", "--kind {fast,slow}", "--config FILE"):
+        assert part in text
+
+
+def command_of(recipe):
+    """The command line that a shipped recipe is for; none for one with a program of its own."""
+    if recipe.with_suffix(".py").exists():
+        return None
+    for prefix, command in (("anchor_", ["anchor"]), ("libero_", ["data", "record-libero"])):
+        if recipe.name.startswith(prefix):
+            return command
+    return ["train"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_keep_their_values(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    command = command_of(recipe)
+    if command is None:
+        spec = importlib.util.spec_from_file_location(recipe.stem, recipe.with_suffix(".py"))
+        program = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(program)
+        parsed = dataclasses.asdict(program.PretrainConfig.from_yaml(recipe))
+        for stage in program.STAGES:
+            assert parsed[stage].items() >= values.pop(stage).items()
+    else:
+        instances = build_parser().parse_args([*command, "--config", str(recipe)]).recipe
+        parsed = {name: value for instance in instances for name, value in vars(instance).items()}
+    assert len(values) > 3
+    assert {name: parsed[name] for name in values} == values
