@@ -178,7 +178,7 @@ class GradientShield:
         self._release()
         if unreached and exception_type is None:
             raise LostGradientError(
-                "losses were differentiated, but no gradient came back to the decoder layers that ran: nothing was "
+                "losses were differentiated, but the task's gradient reached no decoder layer that ran: nothing was "
                 "projected, and the loss does not train the layers. (Under gradient checkpointing transformers' "
                 "layers do not write the cache through which π0's action expert reads their keys and values.)"
             )

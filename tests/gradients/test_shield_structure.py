@@ -254,7 +254,7 @@ def test_a_loss_that_does_not_reach_the_layers(form):
         hidden = model(IDS, attention_mask=MASK)
         return head(hidden.detach()).sum(), hidden.sum()
 
-    with pytest.raises(LostGradientError, match="no gradient came back to the decoder layers"), shield:
+    with pytest.raises(LostGradientError, match="gradient reached no decoder layer"), shield:
         losses()[0].backward()
     # As long as one backward pass reaches them, the others need not.
     with shield:
