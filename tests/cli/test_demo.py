@@ -42,7 +42,8 @@ def colours(path):
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB"))
     assert min(pixels.shape[:2]) > 200
-    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(pixels.reshape(-1, 3), axis=0)}
+    packed = np.unique(pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32))
+    return {f"#{colour:06X}" for colour in packed.tolist()}
 
 
 NAIVE, AEGIS = (CONDITION_STYLES[name]["color"] for name in ("naive", "aegis"))
@@ -155,6 +156,12 @@ def commands(monkeypatch):
     return commands
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leaves out the figures and the merged log, for tests of what comes before them."""
+    monkeypatch.setattr(demo, "_report", lambda folder: None)
+
+
 def run(folder, *options):
     parser = argparse.ArgumentParser()
     demo.configure(parser)
@@ -198,14 +205,14 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
     assert not list(folder.rglob("*.partial"))
 
 
-def test_all_questions_are_asked_by_default(commands, tmp_path):
+def test_all_questions_are_asked_by_default(commands, no_figures, tmp_path):
     run(tmp_path)
     assert commands.calls[0] == ("eval-vqa", "--output", f"{tmp_path}/pretrained.json")
     assert yaml.safe_load((tmp_path / "naive.yaml").read_text())["max_steps"] == demo.TRAINING["max_steps"]
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, tmp_path, fail_at):
+def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, no_figures, tmp_path, fail_at):
     commands.fail_at = fail_at
     with pytest.raises(OSError, match="failed"):
         run(tmp_path, "--max_steps", "20")
@@ -229,7 +236,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
         (("--max_steps", "20", "--vqa_final_samples", "9"), "vqa_final_samples is None there and 9 here"),
     ],
 )
-def test_results_of_other_options_are_not_taken_for_these(commands, tmp_path, options, message):
+def test_results_of_other_options_are_not_taken_for_these(commands, no_figures, tmp_path, options, message):
     run(tmp_path, "--max_steps", "20")
     commands.calls.clear()
     with pytest.raises(ValueError, match=f"holds a demo with other settings: {message}"):
@@ -237,7 +244,7 @@ def test_results_of_other_options_are_not_taken_for_these(commands, tmp_path, op
     assert commands.calls == []
 
 
-def test_results_of_an_earlier_version_are_not_taken_for_these(commands, tmp_path, monkeypatch):
+def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figures, tmp_path, monkeypatch):
     run(tmp_path)
     monkeypatch.setitem(demo.TRAINING, "learning_rate", 1e-5)
     with pytest.raises(ValueError, match=r"learning_rate is 0\.0003 there and 1e-05 here"):
