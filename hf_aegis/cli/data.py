@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from hf_aegis.cli.command_parser import CommandParser
@@ -60,14 +59,9 @@ def _record_options(parser: CommandParser) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from hf_aegis.data.libero_recorder import RecordingError, record
+    from hf_aegis.data.libero_recorder import record
 
-    try:
-        summaries = record(*arguments.recipe)
-    except RecordingError as error:
-        print(f"hf-aegis data record-libero: error: {error}", file=sys.stderr)
-        return 1
-    for summary in summaries:
+    for summary in record(*arguments.recipe):
         print(
             f"{summary.suite}/{summary.task}: {summary.demonstrations} demonstrations, {summary.steps} steps, "
             f"{summary.attempts} attempts, {summary.file}"

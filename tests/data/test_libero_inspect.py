@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hf_aegis.cli import data as command
+from hf_aegis.cli import main
 from hf_aegis.cli.command_parser import CommandParser
 from hf_aegis.data import LiberoDataset, format_report, inspect_file
 
@@ -156,8 +157,8 @@ def test_a_recording_that_fails_ends_with_one_line(recorded, monkeypatch, capsys
         raise libero_recorder.RecordingError("the expert failed")
 
     monkeypatch.setattr(libero_recorder, "record", fail)
-    assert run("record-libero", "--output_dir", "somewhere") == 1
-    assert capsys.readouterr().err == "hf-aegis data record-libero: error: the expert failed\n"
+    assert main(["data", "record-libero", "--output_dir", "somewhere"]) == 2
+    assert capsys.readouterr().err == "hf-aegis data: error: the expert failed\n"
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/libero_*record*.yaml")), ids=str)
