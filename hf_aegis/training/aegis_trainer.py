@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PI0ForConditionalGeneration, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.gradients import GradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
@@ -22,7 +23,7 @@ from hf_aegis.training.callbacks import (
     ProjectionCallback,
     VQACallback,
 )
-from hf_aegis.training.checkpoints import last_complete_checkpoint
+from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_parameters import expert_parameters
 
@@ -38,6 +39,8 @@ class AEGISTrainer(Trainer):
     Fine-tunes a model while its decoder layers keep the activation statistics of an anchor (arXiv 2604.16067).
 
     It works on [`PaliGemmaFlowForAction`], on transformers' π0, and on any causal language model with its own loss.
+    π0's anchor is collected from π0 itself, `ActivationAnchor.collect(pi0, batches)`; it trains without activation
+    checkpointing, which would cut its vision-language model off.
     Gradient accumulation projects each micro-batch by itself. Training with `args.preserve="none"` is that of a plain
     `Trainer`.
 
@@ -80,6 +83,7 @@ class AEGISTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _refuse_unsupported(args)
+        _refuse_cut_gradient(model, args)
         if args.preserve != "none" and anchor is None:
             raise ValueError(f'preserve={args.preserve!r} needs an anchor; pass one, or preserve="none"')
         _freeze(model, args.frozen_modules)
@@ -87,8 +91,6 @@ class AEGISTrainer(Trainer):
             processing_class, data_collator = _action_collator(model, processing_class, train_dataset)
         if anchor is not None and args.preserve != "none":
             anchor.check_compatible(model, layers=args.decoder_layers)
-        if args.label_names is None and hasattr(model, "sample_actions"):
-            args.label_names = ["actions"]
         super().__init__(
             model=model,
             args=args,
@@ -99,6 +101,8 @@ class AEGISTrainer(Trainer):
             **kwargs,
         )
         assert args.output_dir is not None
+        if args.label_names is None and hasattr(model, "sample_actions"):
+            self.label_names = ["actions"]
         self.anchor = anchor
         self.shield: GradientShield | None = None
         self._projection: ProjectionCallback | None = None
@@ -112,7 +116,7 @@ class AEGISTrainer(Trainer):
                 penalty_scale=args.penalty_scale,
                 projection_eps=args.projection_eps,
                 layers=args.decoder_layers,
-                # A gradient scaler has to see infinities; the guard below drops what it lets through.
+                # A gradient scaler has to see infinities.
                 drop_non_finite=not args.fp16,
             )
             self._projection = ProjectionCallback(args.output_dir)
@@ -122,6 +126,11 @@ class AEGISTrainer(Trainer):
         self._expert = expert_parameters(self.model, args.expert_modules)
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
+            if args.load_best_model_at_end and args.save_only_model:
+                raise ValueError(
+                    "load_best_model_at_end needs the expert average of the best checkpoint, which save_only_model "
+                    "does not save: set one of them to False, or expert_ema_decay=0"
+                )
             self.ema = ExpertEMA(self._expert, args.expert_ema_decay)
             self.add_callback(ExpertEMACallback(self.ema))
         self.add_callback(MetricsCallback(args.output_dir))
@@ -176,6 +185,13 @@ class AEGISTrainer(Trainer):
             self.ema.copy_to_model()
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation with the expert's averaged weights; draws the same noise and times every time."""
         with self._evaluating():
@@ -210,6 +226,21 @@ class AEGISTrainer(Trainer):
         if self.ema is not None and self.args.should_save:
             self.ema.save(output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PreTrainedModel) and model is None:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        checkpoint = str(self.state.best_model_checkpoint)
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_weights(self.model, checkpoint)
+        else:
+            super()._load_best_model()
+        if self.ema is not None:
+            self.ema.load(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None and os.path.isdir(checkpoint):
@@ -233,6 +264,18 @@ def _refuse_unsupported(args: AEGISConfig) -> None:
             raise ValueError(f"preserve={args.preserve!r} is not supported with {reason}")
 
 
+def _refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
+    base = unwrap_model(model)
+    if not isinstance(base, PI0ForConditionalGeneration):
+        return
+    if args.activation_checkpointing or args.gradient_checkpointing or base.is_activation_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing is not supported for {type(base).__name__}: checkpointed layers do not write "
+            "the cache through which its action expert reads the vision-language model, to which no gradient would "
+            "come back"
+        )
+
+
 def _freeze(model: nn.Module, names: list[str] | None) -> None:
     for name in [DEFAULT_FROZEN] if names is None else names:
         found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
@@ -246,11 +289,12 @@ def _action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[An
     """Processor and collator for a `PaliGemmaFlowForAction` whose user gave no collator; else what was given."""
     from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
-    if not isinstance(model, PaliGemmaFlowForAction):
+    base = unwrap_model(model)
+    if not isinstance(base, PaliGemmaFlowForAction):
         return processor, None
     if processor is None:
         processor = PaliGemmaFlowProcessor.from_vlm_processor(
-            model.config.vlm_name_or_path or model.config._name_or_path,
+            base.config.vlm_name_or_path or base.config._name_or_path,
             statistics=getattr(dataset, "statistics", None),
             cameras=getattr(dataset, "cameras", None),
         )

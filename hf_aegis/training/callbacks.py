@@ -87,7 +87,7 @@ class ProjectionCallback(TrainerCallback):
 
 class VQACallback(TrainerCallback):
     """
-    Evaluates on a fixed hold-out before training, every `steps` steps and at the end.
+    Evaluates on a fixed hold-out before training, every `steps` steps and after the last one.
 
     Args:
         holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once.
@@ -128,8 +128,11 @@ class VQACallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.steps == 0 or control.should_training_stop:
+            # Logging marks the step as logged, and its loss would never be.
+            should_log = control.should_log
             self._evaluate(model)
+            control.should_log = should_log
 
 
 class ExpertEMACallback(TrainerCallback):
@@ -147,7 +150,8 @@ class ExpertEMACallback(TrainerCallback):
 class NonFiniteGuard(TrainerCallback):
     """
     Drops all gradients of a step in which any is not finite, so that no NaN reaches a parameter or an optimiser's
-    moments. Counts such steps in `skipped_steps`.
+    moments. Counts such steps in `skipped_steps`. In `fp16` it leaves them to the gradient scaler, which skips the
+    step and has to see why.
     """
 
     def __init__(self) -> None:
@@ -161,6 +165,8 @@ class NonFiniteGuard(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
+        if args.fp16:
+            return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             self.skipped_steps += 1

@@ -1,11 +1,15 @@
-"""Which checkpoint of an interrupted run can be resumed."""
+"""Which checkpoint of an interrupted run can be resumed, and its weights."""
 
+import functools
 import json
 import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 
@@ -28,3 +32,26 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             continue
         return folder
     return None
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """
+    Loads the weights of `checkpoint` into `model`, as `from_pretrained` reads them.
+
+    transformers renames the weights of PaliGemma and of π0 between memory and disk. The Trainer's own loading does
+    not, and passes over names that differ: a resumed run would go on with the pre-trained language model.
+
+    Raises:
+        ValueError: If the checkpoint lacks a weight of the model, or holds others.
+    """
+    # Wide enough for every parameter, so that none is rounded on its way.
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
+    with torch.random.fork_rng([]):
+        found: Any = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=dtype, output_loading_info=True
+        )
+    loaded, info = found
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            raise ValueError(f"{checkpoint} does not fit {type(model).__name__}: {kind} {sorted(info[kind])[:3]}")
+    model.load_state_dict(loaded.state_dict())

@@ -82,12 +82,13 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     if (finished := _finished(folder, recipe)) is not None:
         return finished
 
+    dtype = getattr(torch, run.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must name a floating-point type of torch such as 'bfloat16', found {run.dtype!r}")
     set_seed(args.seed)
     source = run.model or str(EMBEDDED_VLM)
     splits = _datasets(run)
-    model = PaliGemmaFlowForAction.from_vlm(
-        source, dtype=getattr(torch, run.dtype), chunk_size=run.chunk_size, **(run.expert or {})
-    )
+    model = PaliGemmaFlowForAction.from_vlm(source, dtype=dtype, chunk_size=run.chunk_size, **(run.expert or {}))
     processor = PaliGemmaFlowProcessor.from_vlm_processor(
         source, statistics=splits["train"].statistics, cameras=splits["train"].cameras
     )
@@ -117,8 +118,7 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         "vqa_accuracy": final.accuracy,
         "vqa_accuracy_by_type": {name: score.accuracy for name, score in final.by_type.items()},
         "flow_mse": flow["eval_loss"] / model.config.flow_loss_scale,
-        "step_ms": resources.step_ms,
-        "peak_memory_mb": resources.peak_mb,
+        **_costs(resources),
         **_means(folder),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "fingerprints": {
@@ -144,6 +144,11 @@ def _datasets(run: RunArguments) -> dict[str, LiberoDataset]:
     return {"train": train, "held_out": LiberoDataset(paths, split="held_out", statistics=train.statistics, **common)}
 
 
+def _costs(resources: ResourceCallback) -> dict[str, float]:
+    """Empty where all training was done before an interruption, so that there was no step left to measure."""
+    return {"step_ms": resources.step_ms, "peak_memory_mb": resources.peak_mb} if resources.seconds else {}
+
+
 def _means(folder: Path) -> dict[str, float]:
     """Means over training of the projection's figures, from the log."""
     from hf_aegis.training.callbacks import METRICS_FILE
@@ -160,7 +165,8 @@ def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     changed = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.init and getattr(args, f.name) != getattr(defaults, f.name)
+        # A recipe is for others to read.
+        if f.init and not f.name.endswith("_token") and getattr(args, f.name) != getattr(defaults, f.name)
     }
     # Through JSON, so that what is compared with a recipe read from disk has the types it would have there.
     return json.loads(json.dumps({**dataclasses.asdict(run), "output_dir": args.output_dir, **changed}, default=str))
