@@ -134,7 +134,10 @@ def demonstrations(tmp_path_factory) -> str:
             data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
             data.attrs["bddl_file_name"] = f"bddl_files/libero_object/task_{task}.bddl"
             data.attrs["hf_aegis_convention"] = json.dumps(convention)
-            for index, length in enumerate((6, 7, 8)):
+            lengths = (6, 7, 8)
+            data.attrs["num_demos"] = len(lengths)
+            data.attrs["total"] = sum(lengths)
+            for index, length in enumerate(lengths):
                 demo = data.create_group(f"demo_{index}")
                 demo.attrs["num_samples"] = length
                 demo["actions"] = np.cumsum(random.normal(0, 0.1, (length, 7)), axis=0).clip(-1, 1)

@@ -1,0 +1,244 @@
+"""Whole runs from arguments alone."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from transformers import TrainerCallback
+
+import hf_aegis.training.run as run_module
+from hf_aegis.data.vqa import load_easy_vqa
+from hf_aegis.evaluation.vqa import VQAHoldout
+from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.training.callbacks import NonFiniteGuard
+from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.resources import ResourceCallback
+from hf_aegis.training.run import RunArguments, run_training
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "embedded_aegis.yaml"
+EXPERT = {"expert_hidden_size": 16, "expert_num_layers": 1, "expert_num_heads": 2, "expert_intermediate_size": 32}
+
+
+@pytest.fixture
+def anchor_folder(flow_anchor, tmp_path):
+    return str(flow_anchor.save_pretrained(tmp_path / "anchor"))
+
+
+@pytest.fixture
+def make_run(demonstrations, anchor_folder):
+    def make(**changes):
+        defaults = {
+            "demonstrations": [demonstrations],
+            "anchor": anchor_folder,
+            "chunk_size": 4,
+            "expert": EXPERT,
+            "vqa_samples": 4,
+            "vqa_final_samples": 5,
+        }
+        return RunArguments(**{**defaults, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("preserve", ["none", "projection"])
+def test_a_run_and_what_it_leaves(make_run, make_args, tmp_path, preserve):
+    out = tmp_path / "out"
+    run, args = make_run(), make_args(max_steps=2, preserve=preserve, save_strategy="steps", save_steps=2)
+    result = run_training(run, args)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert {"none": 0, "projection": 5}[preserve] == len(
+        {"throttle_rate", "energy_shed", "cosine", "alpha", "penalty"} & result.keys()
+    )
+    assert result["step_ms"] > 0
+    assert result["peak_memory_mb"] > 0
+    assert result["skipped_steps"] == 0
+    assert set(result["fingerprints"]) == {"train", "held_out", "vqa"}
+    assert len(set(result["fingerprints"].values())) == 3
+    assert {"torch", "transformers", "hf-aegis", "python"} <= result["versions"].keys()
+    assert set(result["vqa_accuracy_by_type"]) <= {"yes/no", "color", "shape"}
+
+    # The figures are those of what was saved.
+    model = PaliGemmaFlowForAction.from_pretrained(out).eval()
+    processor = PaliGemmaFlowProcessor.from_pretrained(out)
+    scores = VQAHoldout(load_easy_vqa("test", 5), processor).evaluate(model)
+    assert result["vqa_cross_entropy"] == pytest.approx(scores.cross_entropy, rel=1e-6)
+    assert result["vqa_accuracy"] == scores.accuracy
+    records = JSONLines(out / "metrics.jsonl").read()
+    last = [r["eval_loss"] for r in records if "eval_loss" in r][-1]
+    assert result["flow_mse"] == pytest.approx(last / model.config.flow_loss_scale)
+    assert {"vqa_cross_entropy", "eval_loss", "loss"} <= {key for r in records for key in r}
+
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["preserve"] == preserve if preserve != "projection" else "preserve" not in recipe
+    assert recipe["expert"] == EXPERT
+    assert recipe["max_steps"] == 2
+
+    # A second call, with the same arguments or equal ones, finds it finished.
+    def forbidden(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AEGISTrainer, "train", forbidden)
+        assert run_training(run, args) == result
+        assert run_training(make_run(), dataclasses.replace(args)) == result
+        for changed_run, changed_args, message in (
+            (make_run(vqa_seed=1), {}, "vqa_seed is 0 there and 1 here"),
+            (make_run(), {"learning_rate": 0.5}, "learning_rate is 0.01 there and 0.5 here"),
+            (make_run(expert={**EXPERT, "expert_num_layers": 2}), {}, "expert is "),
+        ):
+            with pytest.raises(ValueError, match=f"out holds a run with another recipe: {message}"):
+                run_training(changed_run, dataclasses.replace(args, **changed_args))
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, tmp_path, monkeypatch):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def arguments(folder):
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "vqa_steps": 2, "vqa_accuracy": False}
+        return make_run(), make_args(output_dir=str(tmp_path / folder), preserve="none", **options)
+
+    def figures(result):
+        return {k: v for k, v in result.items() if k not in ("step_ms", "peak_memory_mb")}
+
+    def records(folder):
+        timed = ("train_runtime", "eval_runtime")
+        return [r for r in JSONLines(tmp_path / folder / "metrics.jsonl").read() if not set(timed) & r.keys()]
+
+    whole = run_training(*arguments("whole"))
+
+    def interrupted_trainer(*args, callbacks, **kwargs):
+        return AEGISTrainer(*args, callbacks=[*callbacks, Interrupt()], **kwargs)
+
+    monkeypatch.setattr(run_module, "AEGISTrainer", interrupted_trainer)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(*arguments("cut"))
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    # What a kill in the middle of saving leaves behind is passed over.
+    (tmp_path / "cut" / "checkpoint-3").mkdir()
+    resumed = run_training(*arguments("cut"))
+    assert figures(resumed) == figures(whole)
+    assert records("cut") == records("whole")
+
+    # Killed between the last checkpoint and the result.
+    (tmp_path / "cut" / "result.json").unlink()
+    again = run_training(*arguments("cut"))
+    assert figures(again) == figures(whole)
+    assert "step_ms" not in again
+    json.loads((tmp_path / "cut" / "result.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
+    from trl import TrlParser
+
+    overrides = {
+        "output_dir": str(tmp_path / "out"),
+        "anchor": anchor_folder,
+        "demonstrations": demonstrations,
+        "short_demonstrations": "pad",
+        "max_steps": "2",
+        "logging_steps": "1",
+        "per_device_train_batch_size": "2",
+        "vqa_samples": "4",
+        "vqa_final_samples": "4",
+        "disable_tqdm": "True",
+        "use_cpu": "True",
+    }
+    words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
+    parser = TrlParser([RunArguments, AEGISConfig])
+    run, args = parser.parse_args_and_config(["--config", str(RECIPE), *words])
+    assert args.preserve == "projection"
+    assert args.learning_rate == args.expert_learning_rate == 3e-4
+    assert args.lr_scheduler_type == "constant_with_warmup"
+    assert run.expert["expert_num_layers"] == 3
+    assert run_training(run, args)["throttle_rate"] >= 0
+    written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert written["chunk_size"] == 50
+    assert written["eval_steps"] == 100
+
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(RECIPE.read_text() + "pennalty_scale: 2\n")
+    with pytest.raises(ValueError, match="pennalty_scale"):
+        parser.parse_args_and_config(["--config", str(broken)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"anchor": None}, "needs an anchor"),
+        ({"dtype": "int8"}, "dtype must name a floating-point type of torch such as 'bfloat16', found 'int8'"),
+        ({"dtype": "float33"}, "dtype must name .* found 'float33'"),
+        ({"expert": {"expert_widht": 3}}, "expert_widht"),
+        ({"chunk_size": 50}, "short"),
+    ],
+)
+def test_wrong_arguments_are_refused(make_run, make_args, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        run_training(make_run(**changes), make_args())
+
+
+def test_a_recipe_holds_no_secret(make_run, make_args):
+    recipe = run_module._resolved(make_run(), make_args(hub_token="hf_secret", hub_model_id="org/name"))
+    assert recipe["hub_model_id"] == "org/name"
+    assert "hf_secret" not in json.dumps(recipe)
+
+
+def test_what_a_run_costs(make_language_model, make_args, token_dataset):
+    class Allocate(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            torch.ones(64 * 2**18)
+
+    resources = ResourceCallback()
+    assert math.isnan(resources.step_ms)
+    trainer = AEGISTrainer(
+        make_language_model(),
+        make_args(preserve="none", max_steps=3, gradient_accumulation_steps=2),
+        train_dataset=token_dataset,
+        callbacks=[resources],
+    )
+    trainer.train()
+    assert len(resources.seconds) == 3
+    assert all(0 < seconds < 60 for seconds in resources.seconds)
+    assert resources.step_ms == pytest.approx(1e3 * sorted(resources.seconds)[1])
+    small = resources.peak_mb
+    assert small > 50
+    trainer.add_callback(Allocate())
+    trainer.train()
+    if not torch.cuda.is_available():
+        assert resources.peak_mb >= small + 40
+
+
+def test_parallel_training_with_the_projection_is_refused(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+
+    class TwoProcesses(AEGISConfig):
+        world_size = property(lambda self: 2)
+
+    def parallel(**changes):
+        args = make_args(**changes)
+        args.__class__ = TwoProcesses
+        return args
+
+    with pytest.raises(ValueError, match="not supported with several processes"):
+        AEGISTrainer(model, parallel(), make_anchor(model), train_dataset=token_dataset)
+    AEGISTrainer(model, parallel(preserve="none"), train_dataset=token_dataset)
+
+
+def test_with_a_gradient_scaler_the_guard_stands_aside():
+    parameter = torch.nn.Linear(1, 1)
+    for fp16, skipped in ((True, 0), (False, 1)):
+        guard = NonFiniteGuard()
+        parameter.weight.grad = torch.full((1, 1), math.inf)
+        guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16), None, None, model=parameter)
+        assert guard.skipped_steps == skipped
+        assert (parameter.weight.grad is None) == (skipped == 1)
