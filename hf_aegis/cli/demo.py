@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,18 @@ from hf_aegis.cli.text_file import write_text
 # Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
 # two thousand times smaller than the paper's, so rates and lengths are this project's choice.
 TRAINING: dict[str, Any] = {
-    "max_steps": 400,
-    "per_device_train_batch_size": 16,
+    "max_steps": 300,
+    "per_device_train_batch_size": 8,
     "learning_rate": 3e-4,
     "expert_learning_rate": 3e-4,
     "warmup_steps": 20,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 100,
+    "eval_steps": 75,
     "per_device_eval_batch_size": 64,
-    "vqa_steps": 50,
-    "vqa_samples": 500,
-    "save_steps": 100,
+    "vqa_steps": 25,
+    "vqa_samples": 256,
+    "save_steps": 75,
     "save_total_limit": 1,
     "chunk_size": 50,
     "expert": {
@@ -39,6 +42,7 @@ TRAINING: dict[str, Any] = {
 }
 CONDITIONS: dict[str, dict[str, Any]] = {"naive": {"preserve": "none"}, "aegis": {"preserve": "projection"}}
 ANCHOR_SAMPLES = 3000
+FINAL_QUESTIONS = 2000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +60,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"training steps of each condition (default: {TRAINING['max_steps']})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of expert, batches, noise and times (default: 0)")
-    parser.add_argument("--vqa_final_samples", type=int, help="questions asked before and after (default: all 9,673)")
+    parser.add_argument(
+        "--vqa_final_samples",
+        type=int,
+        default=FINAL_QUESTIONS,
+        help=f"questions asked before and after, of easy-VQA's 9,673 (default: {FINAL_QUESTIONS})",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes side by side, which share the cores (default: one per core); use 1 on a GPU",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,32 +87,41 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     folder: Path = arguments.output_dir
     shared = TRAINING | {name: getattr(arguments, name) for name in ("max_steps", "seed", "vqa_final_samples")}
-    if arguments.max_steps < 1:
-        raise ValueError(f"--max_steps must be at least 1, found {arguments.max_steps}")
+    for name in ("max_steps", "vqa_final_samples", "jobs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, found {getattr(arguments, name)}")
     folder.mkdir(parents=True, exist_ok=True)
     _keep(shared, folder / "demo.json")
 
-    pretrained = folder / "pretrained.json"
+    pretrained, anchor = folder / "pretrained.json", folder / "anchor"
+    calls: list[tuple[str, ...]] = []
     if not pretrained.exists():
-        print("Asking the pre-trained model ...", flush=True)
-        questions = arguments.vqa_final_samples
-        _call("eval-vqa", "--output", pretrained, *([] if questions is None else ["--max_samples", questions]))
-    anchor = folder / "anchor"
+        questions = ("--max_samples", str(arguments.vqa_final_samples), "--seed", "0")
+        calls.append(("eval-vqa", "--output", str(pretrained), *questions))
     # The anchor's recipe is written last.
     if not (anchor / "recipe.yaml").exists():
-        print("Collecting the anchor ...", flush=True)
-        _call("anchor", "--output_dir", anchor, "--num_samples", ANCHOR_SAMPLES)
-    summary: dict[str, Any] = {"pretrained": _vqa(json.loads(pretrained.read_text()))}
-    for name, settings in CONDITIONS.items():
-        result = folder / name / "result.json"
-        if not result.exists():
-            recipe = {**shared, **settings, "output_dir": str(folder / name)}
-            if settings["preserve"] != "none":
+        calls.append(("anchor", "--output_dir", str(anchor), "--num_samples", str(ANCHOR_SAMPLES)))
+    if calls:
+        print("Asking the pre-trained model, collecting its anchor ...", flush=True)
+        _call_together(calls, folder, arguments.jobs)
+
+    results = {name: folder / name / "result.json" for name in CONDITIONS}
+    if pending := [name for name, result in results.items() if not result.exists()]:
+        for name in pending:
+            recipe = {**shared, **CONDITIONS[name], "output_dir": str(folder / name)}
+            if recipe["preserve"] != "none":
                 recipe["anchor"] = str(anchor)
             write_text(folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False))
-            print(f"Fine-tuning: {name} ...", flush=True)
-            _call("train", "--config", folder / f"{name}.yaml")
-        summary[name] = json.loads(result.read_text())
+        print(f"Fine-tuning, from the same start on the same batches: {', '.join(pending)} ...", flush=True)
+        _call_together(
+            [("train", "--config", str(folder / f"{name}.yaml")) for name in pending],
+            folder,
+            arguments.jobs,
+            total=arguments.max_steps * len(pending),
+            progress=lambda: sum(_steps_done(folder / name) for name in pending),
+        )
+    summary: dict[str, Any] = {"pretrained": _vqa(json.loads(pretrained.read_text()))}
+    summary |= {name: json.loads(result.read_text()) for name, result in results.items()}
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     _report(folder)
     print(format_table(summary))
@@ -160,10 +184,56 @@ def _report(folder: Path) -> None:
     plot_projection(runs["aegis"], JSONLines(folder / "aegis" / PROJECTION_FILE).read(), folder / "projection.png")
 
 
-def _call(command: str, *options: object) -> None:
-    """Runs another command in a process of its own: conditions share no state, and memory is measured apart."""
-    result = subprocess.run(
-        [sys.executable, "-m", "hf_aegis", command, *map(str, options)], stdout=subprocess.PIPE, text=True
-    )
-    if result.returncode:
-        raise OSError(f"hf-aegis {command} ended with code {result.returncode}; its message is above")
+def _steps_done(folder: Path) -> int:
+    """The last logged step of a run. Reads the file's end itself: the training package takes seconds to import."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(match[1]) for line in reversed(lines) if (match := re.match(r'{"step": (\d+),', line))), 0)
+
+
+def _call_together(
+    calls: Sequence[tuple[str, ...]],
+    folder: Path,
+    jobs: int,
+    total: int | None = None,
+    progress: Callable[[], int] | None = None,
+) -> None:
+    """
+    Runs other commands, up to `jobs` side by side, each in a process of its own: conditions share no state, and memory
+    is measured apart. What they say goes to `logs/` in `folder`.
+
+    Raises:
+        OSError: If one of them fails; the others are ended.
+    """
+    from tqdm import tqdm
+
+    side_by_side = min(jobs, len(calls))
+    threads = max(1, (os.cpu_count() or 1) // side_by_side)
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    waiting = list(calls)
+    running: dict[Path, tuple[subprocess.Popen, tuple[str, ...]]] = {}
+    with tqdm(total=total or len(calls), unit="step" if progress else "command", disable=None) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < side_by_side:
+                    call = waiting.pop(0)
+                    log = logs / f"{Path(call[-1]).stem if call[0] == 'train' else call[0]}.log"
+                    with log.open("w") as file:
+                        command = [sys.executable, "-m", "hf_aegis", *call]
+                        running[log] = subprocess.Popen(command, stdout=file, stderr=file, env=environment), call
+                time.sleep(0.5)
+                for log, (process, call) in list(running.items()):
+                    if (code := process.poll()) is None:
+                        continue
+                    del running[log]
+                    if code:
+                        last = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+                        raise OSError(f"hf-aegis {call[0]} ended with code {code}: {last[0]} (all of it in {log})")
+                bar.n = progress() if progress else len(calls) - len(waiting) - len(running)
+                bar.refresh()
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.wait()

@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=["train", "test"], default="test", help="which part (default: test)")
     parser.add_argument("--max_samples", type=int, help="only the first N questions (default: all)")
+    parser.add_argument("--seed", type=int, help="shuffle the questions before taking the first N (default: do not)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions per forward pass (default: 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from hf_aegis.evaluation.vqa import VQAHoldout
 
     # A wrong option should not cost the loading of a large model first.
-    samples = load_easy_vqa(arguments.split, arguments.max_samples)
+    samples = load_easy_vqa(arguments.split, arguments.max_samples, arguments.seed)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1; found {arguments.batch_size}.")
     if arguments.output is not None and not arguments.output.parent.is_dir():

@@ -28,7 +28,7 @@ def figure_style() -> Iterator[Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {
+    settings: Any = {
         "font.size": 11,
         "axes.grid": True,
         "grid.alpha": 0.3,

@@ -111,7 +111,7 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     _write(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=True)
     flow = trainer.evaluate()
-    final = VQAHoldout(load_easy_vqa("test", run.vqa_final_samples), processor).evaluate(model)
+    final = VQAHoldout(load_easy_vqa("test", run.vqa_final_samples, seed=run.vqa_seed), processor).evaluate(model)
     trainer.save_model(str(folder))
     result = {
         "vqa_cross_entropy": final.cross_entropy,

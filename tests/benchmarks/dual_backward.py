@@ -49,7 +49,7 @@ def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2For
         model, [{"input_ids": torch.randint(512, shape), "attention_mask": torch.ones(shape)}], progress=False
     )
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     inputs = torch.randint(512, shape)
     return model, {"input_ids": inputs, "attention_mask": torch.ones(shape), "labels": inputs}, anchor
 
@@ -93,7 +93,9 @@ def resident_mb() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def peak_memory(arguments: argparse.Namespace, checkpointing: bool, name: str, result: "multiprocessing.Queue") -> None:
+def peak_memory(
+    arguments: argparse.Namespace, checkpointing: bool, name: str, result: "multiprocessing.Queue"
+) -> None:
     """Puts the rise of resident memory during steps, over the model at rest, into `result`."""
     torch.set_num_threads(1)
     model, batch, anchor = build(arguments, checkpointing)
@@ -163,7 +165,8 @@ def main(progress: Callable[[str], None] = print) -> None:
             f"{row['step_ratio']:.2f} | {row['peak_mb']:.0f} | {row['extra_mb']:+.0f} |"
         )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"settings": vars(arguments) | {"output": None}, "rows": rows}, indent=2))
+        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

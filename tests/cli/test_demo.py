@@ -122,19 +122,23 @@ class Commands:
         self.calls = []
         self.fail_at = None
 
-    def __call__(self, command, *options):
+    def __call__(self, calls, folder, jobs, **_):
+        for call in calls:
+            self.run(*call)
+
+    def run(self, command, *options):
         if len(self.calls) + 1 == self.fail_at:
             raise OSError(f"{command} failed")
-        self.calls.append((command, *map(str, options)))
+        self.calls.append((command, *options))
         named = dict(zip(options[::2], options[1::2], strict=True))
         if command == "eval-vqa":
             scores = {"cross_entropy": 0.1, "accuracy": 0.9, "by_type": {"color": {"accuracy": 0.8}}}
-            named["--output"].write_text(json.dumps(scores))
+            Path(named["--output"]).write_text(json.dumps(scores))
         elif command == "anchor":
-            named["--output_dir"].mkdir()
-            (named["--output_dir"] / "recipe.yaml").write_text("{}")
+            Path(named["--output_dir"]).mkdir()
+            (Path(named["--output_dir"]) / "recipe.yaml").write_text("{}")
         else:
-            self.train(yaml.safe_load(named["--config"].read_text()))
+            self.train(yaml.safe_load(Path(named["--config"]).read_text()))
 
     def train(self, recipe):
         folder = Path(recipe["output_dir"])
@@ -152,7 +156,7 @@ class Commands:
 @pytest.fixture
 def commands(monkeypatch):
     commands = Commands()
-    monkeypatch.setattr(demo, "_call", commands)
+    monkeypatch.setattr(demo, "_call_together", commands)
     return commands
 
 
@@ -172,7 +176,7 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
     folder = tmp_path / "demo"
     assert run(folder, "--max_steps", "20", "--vqa_final_samples", "60", "--seed", "3") == 0
     assert commands.calls == [
-        ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60"),
+        ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60", "--seed", "0"),
         ("anchor", "--output_dir", f"{folder}/anchor", "--num_samples", "3000"),
         ("train", "--config", f"{folder}/naive.yaml"),
         ("train", "--config", f"{folder}/aegis.yaml"),
@@ -205,10 +209,12 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
     assert not list(folder.rglob("*.partial"))
 
 
-def test_all_questions_are_asked_by_default(commands, no_figures, tmp_path):
+def test_defaults_are_those_of_the_module(commands, no_figures, tmp_path):
     run(tmp_path)
-    assert commands.calls[0] == ("eval-vqa", "--output", f"{tmp_path}/pretrained.json")
-    assert yaml.safe_load((tmp_path / "naive.yaml").read_text())["max_steps"] == demo.TRAINING["max_steps"]
+    recipe = yaml.safe_load((tmp_path / "naive.yaml").read_text())
+    assert recipe["max_steps"] == demo.TRAINING["max_steps"]
+    assert recipe["vqa_final_samples"] == demo.FINAL_QUESTIONS
+    assert str(demo.FINAL_QUESTIONS) in commands.calls[0]
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
@@ -233,7 +239,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
     [
         (("--max_steps", "40"), "max_steps is 20 there and 40 here"),
         (("--max_steps", "20", "--seed", "1"), "seed is 0 there and 1 here"),
-        (("--max_steps", "20", "--vqa_final_samples", "9"), "vqa_final_samples is None there and 9 here"),
+        (("--max_steps", "20", "--vqa_final_samples", "9"), "vqa_final_samples is 2000 there and 9 here"),
     ],
 )
 def test_results_of_other_options_are_not_taken_for_these(commands, no_figures, tmp_path, options, message):
@@ -251,7 +257,40 @@ def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figu
         run(tmp_path)
 
 
-def test_a_command_that_fails_is_named(capfd):
-    with pytest.raises(OSError, match="hf-aegis data ended with code 2; its message is above"):
-        demo._call("data", "convert")
-    assert "invalid choice: 'convert'" in capfd.readouterr().err
+def test_a_command_that_fails_is_named_and_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
+    with pytest.raises(
+        OSError, match=r"hf-aegis anchor ended with code 3: no such model \(all of it in .*anchor.log\)"
+    ):
+        demo._call_together([("eval-vqa", "sleep"), ("anchor", "fail")], tmp_path, jobs=2)
+    assert (tmp_path / "logs" / "eval-vqa.log").exists()
+
+
+def test_progress_is_read_off_a_log_that_is_being_written(tmp_path):
+    assert demo._steps_done(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"step": 20, "loss": 1}\n{"step": 3')
+    assert demo._steps_done(tmp_path) == 20
+
+
+def test_commands_run_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
+    calls = [("train", "a.yaml"), ("train", "b.yaml")]
+    # Each waits for the other's log, so that one after the other would never end.
+    demo._call_together(calls, tmp_path, jobs=2, total=2, progress=lambda: 1)
+    assert (tmp_path / "logs" / "a.log").read_text() == (tmp_path / "logs" / "b.log").read_text() == "met\n"
+
+
+def _fake_python(folder):
+    """Stands in for `python -m hf_aegis`: sleeps, fails, or waits for two logs."""
+    script = folder / "python"
+    script.write_text(
+        f"""#!/bin/sh
+case "$4" in
+  sleep) exec sleep 600 ;;
+  fail) echo "no such model" >&2; exit 3 ;;
+  *) while [ $(ls {folder}/logs | wc -l) -lt 2 ]; do sleep 0.05; done; echo met ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return script
