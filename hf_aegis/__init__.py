@@ -18,7 +18,7 @@ _EXPORTS = {
     "PaliGemmaFlowProcessor": "hf_aegis.models",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

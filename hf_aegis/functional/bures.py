@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_aegis.functional.moments import check_mask
 
+
 DEFAULT_EPS = 1e-6
 """ε under the square roots; keeps the distance smooth where a dimension hardly varies."""
 

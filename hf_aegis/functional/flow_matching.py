@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+
 TimeSampling = Literal["beta", "uniform"]
 
 

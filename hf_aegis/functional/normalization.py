@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+
 MINIMUM_HALF_RANGE = 0.01
 """Smallest half-range, in the feature's own unit, that is stretched to 1.
 

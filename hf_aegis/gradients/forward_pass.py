@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
 from hf_aegis.gradients.reference import LayerPenalty
@@ -37,7 +37,6 @@ class ForwardPass:
     """The layer outputs of one forward pass, and the reference cotangents on their way down."""
 
     layers: dict[int, LayerRecord] = field(default_factory=dict)
-    boundaries: dict[Node, int] = field(default_factory=dict)
     cotangents: dict[int, Tensor] = field(default_factory=dict)
 
     def below(self, index: int) -> int | None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from hf_aegis.functional.moments import Moments, accumulate_moments, empty_moments, masked_moments, merge_moments
 
+
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6))
 
 
