@@ -21,8 +21,8 @@ from hf_aegis.cli.text_file import write_text
 TRAINING: dict[str, Any] = {
     "max_steps": 300,
     "per_device_train_batch_size": 8,
-    "learning_rate": 3e-4,
-    "expert_learning_rate": 3e-4,
+    "learning_rate": 1e-3,
+    "expert_learning_rate": 1e-3,
     "warmup_steps": 20,
     "logging_steps": 10,
     "eval_strategy": "steps",

@@ -253,7 +253,7 @@ def test_results_of_other_options_are_not_taken_for_these(commands, no_figures, 
 def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figures, tmp_path, monkeypatch):
     run(tmp_path)
     monkeypatch.setitem(demo.TRAINING, "learning_rate", 1e-5)
-    with pytest.raises(ValueError, match=r"learning_rate is 0\.0003 there and 1e-05 here"):
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.001 there and 1e-05 here"):
         run(tmp_path)
 
 
