@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-SYSTEM_PACKAGES := libosmesa6 libglfw3
+# Off-screen OpenGL for MuJoCo, and what OpenCV links against.
+SYSTEM_PACKAGES := libosmesa6 libglfw3 libgl1 libglib2.0-0
 
 # Two busy-waiting OpenMP runtimes on shared cores slow each other down by an order of magnitude.
 export OMP_WAIT_POLICY := PASSIVE
@@ -22,6 +23,9 @@ system:
 	@.ci/system-packages $(SYSTEM_PACKAGES)
 
 $(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: make setup needs Python 3.11 or newer with venv and pip; found $$($(PYTHON) --version)." \
+			"On Debian: apt-get install python3-venv, or choose one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements.lock
@@ -57,7 +61,8 @@ pretrain: setup  ## train the embedded vision-language model from scratch (resum
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml
 
 record: setup  ## record the demonstrations that ship with the demo (resumable)
-	$(BIN)/hf-aegis data record-libero --config recipes/libero_demo_record.yaml
+	$(BIN)/hf-aegis data record-libero --config recipes/libero_demo_record.yaml \
+		--combined_file hf_aegis/assets/libero_demonstrations.hdf5
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

@@ -26,11 +26,11 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 20,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 75,
+    "eval_steps": 60,
     "per_device_eval_batch_size": 64,
     "vqa_steps": 25,
     "vqa_samples": 256,
-    "save_steps": 75,
+    "save_steps": 60,
     "save_total_limit": 1,
     "chunk_size": 50,
     "expert": {

@@ -32,7 +32,7 @@ def plot_vqa(runs: Mapping[str, Records], path: Path) -> None:
             _, first = series(next(iter(runs.values())), records_key)
             axis.axhline(scale * first[0], **CONDITION_STYLES["pretrained"])
             axis.set_xlabel("training step")
-        axes[0].set_ylabel("VQA cross-entropy (nats per token)")
+        axes[0].set_ylabel("VQA cross-entropy (nats/token)")
         axes[1].set_ylabel("VQA accuracy (%)")
         axes[0].set_ylim(bottom=0)
         axes[0].legend()
@@ -51,7 +51,7 @@ def plot_flow(runs: Mapping[str, Records], loss_scale: float, path: Path) -> Non
             steps, held_out = series(records, "eval_loss")
             axis.plot(steps, held_out / loss_scale, **{**style, "marker": "o", "label": f"{style['label']}, held out"})
         axis.set_xlabel("training step")
-        axis.set_ylabel("flow-matching MSE (normalised actions²)")
+        axis.set_ylabel("flow-matching MSE")
         axis.set_ylim(bottom=0)
         axis.legend(ncols=2, fontsize=9)
         figure.savefig(path)
@@ -67,13 +67,13 @@ def plot_projection(metrics: Records, projection: Records, path: Path) -> None:
         for group, cosine in zip(record["groups"], record["cosine"], strict=True):
             cosines[groups.index(group), record["step"] - 1] = cosine
     panels = (
-        ("throttle_rate", 100, "groups in conflict (%)"),
-        ("energy_shed", 100, "gradient energy shed (%)"),
+        ("throttle_rate", 100, "groups in\nconflict (%)"),
+        ("energy_shed", 100, "gradient energy\nshed (%)"),
         ("cosine", 1, "cosine of task and\nanchor gradient"),
-        ("penalty", 1, "transport penalty"),
+        ("penalty", 1, "transport\npenalty"),
     )
     with figure_style() as pyplot:
-        figure = pyplot.figure(figsize=(9, 6.4))
+        figure = pyplot.figure(figsize=(9, 7.2))
         grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.15))
         for index, (key, scale, label) in enumerate(panels):
             axis = figure.add_subplot(grid[index // 2, index % 2])
@@ -96,7 +96,7 @@ def plot_projection(metrics: Records, projection: Records, path: Path) -> None:
             interpolation="nearest",
             extent=(0.5, last + 0.5, len(groups) - 0.5, -0.5),
         )
-        axis.set_yticks(range(len(groups)), [group.replace("_", " ") for group in groups], fontsize=9)
+        axis.set_yticks(range(len(groups)), [_label(group) for group in groups], fontsize=9)
         axis.set_xlabel("training step")
         axis.grid(False)
         figure.colorbar(image, ax=axis, label="cosine (negative: conflict)")
@@ -107,3 +107,7 @@ def plot_projection(metrics: Records, projection: Records, path: Path) -> None:
 def _layer_order(group: str) -> tuple[bool, int, str]:
     number = group.rpartition(".")[2]
     return (not number.isdigit(), int(number) if number.isdigit() else 0, group)
+
+
+def _label(group: str) -> str:
+    return group.replace("layers.", "layer ").replace("multi_modal_", "").replace("_", " ")

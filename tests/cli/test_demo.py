@@ -85,7 +85,7 @@ def test_conflicts_are_mapped_by_layer_and_step(tmp_path, monkeypatch):
         Axes, "set_yticks", lambda self, at, names=None, **k: drawn.update(names=names) or ticks(self, at, names, **k)
     )
     plot_projection(metrics(0.0, projected=True), projections(), tmp_path / "projection.png")
-    assert drawn["names"] == GROUPS
+    assert drawn["names"] == ["layer 0", "layer 1", "layer 2", "layer 10", "embeddings"]
     assert drawn["data"].shape == (len(GROUPS), 20)
     assert drawn["data"][3, 6] == math.sin(7 + 3)
     assert np.isnan(drawn["data"][0, 6])
