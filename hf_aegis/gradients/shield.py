@@ -86,8 +86,8 @@ class GradientShield:
             Where the decoder layers are, if they cannot be found.
         drop_non_finite (`bool`, *optional*, defaults to `True`):
             Remove the gradients of groups whose task gradient is not finite, so that no NaN reaches a parameter; all
-            parameters that are not projected count as one group. With a `GradScaler` choose `False`: it has to see
-            them.
+            parameters that are not projected count as one group. Choose `False` where something else watches over
+            whole steps, such as [`AEGISTrainer`] or a `GradScaler`, which has to see them.
 
     Attributes:
         report ([`ProjectionReport`], *optional*): What the last backward pass did.

@@ -116,8 +116,8 @@ class AEGISTrainer(Trainer):
                 penalty_scale=args.penalty_scale,
                 projection_eps=args.projection_eps,
                 layers=args.decoder_layers,
-                # A gradient scaler has to see infinities.
-                drop_non_finite=not args.fp16,
+                # The guard below drops the whole step, and has to see why.
+                drop_non_finite=False,
             )
             self._projection = ProjectionCallback(args.output_dir)
             self.add_callback(self._projection)

@@ -150,8 +150,10 @@ class ExpertEMACallback(TrainerCallback):
 class NonFiniteGuard(TrainerCallback):
     """
     Drops all gradients of a step in which any is not finite, so that no NaN reaches a parameter or an optimiser's
-    moments. Counts such steps in `skipped_steps`. In `fp16` it leaves them to the gradient scaler, which skips the
-    step and has to see why.
+    moments. In `fp16` it leaves them to the gradient scaler, which skips the step and has to see why.
+
+    Attributes:
+        skipped_steps (`int`): Steps that changed nothing: those dropped here, and those that had no gradient at all.
     """
 
     def __init__(self) -> None:
@@ -168,7 +170,7 @@ class NonFiniteGuard(TrainerCallback):
         if args.fp16:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+        if not gradients or not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             self.skipped_steps += 1
             for parameter in model.parameters():
                 parameter.grad = None

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_aegis.gradients import GradientShield
 from hf_aegis.training import AEGISTrainer, last_complete_checkpoint
+from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.json_lines import JSONLines
 
 
@@ -196,6 +198,46 @@ def test_non_finite_gradients_never_reach_a_parameter(make_language_model, make_
     assert trainer.non_finite_guard.skipped_steps == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert trainer.state.log_history[-2]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("where", ["loss", "layer"])
+@pytest.mark.parametrize("preserve", ["projection", "none"])
+def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
+    make_language_model, make_anchor, make_args, token_dataset, preserve, where
+):
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.weights = []
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.weights.append(weights(model))
+
+    model = make_language_model()
+    args = make_args(max_steps=4, preserve=preserve, weight_decay=0.1)
+    trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset, callbacks=[watch := Watch()])
+    compute_loss = trainer.compute_loss
+
+    def poisoned(model, inputs, *rest, **options):
+        loss = compute_loss(model, inputs, *rest, **options)
+        if trainer.state.global_step != 1:
+            return loss
+        if where == "loss":
+            return loss * math.nan
+        # Infinite slope at zero: the loss is finite, and only this gradient is not.
+        return loss + (model.model.layers[1].mlp.up_proj.weight * 0).abs().sqrt().sum()
+
+    trainer.compute_loss = poisoned
+    trainer.train()
+    after = [*watch.weights[1:], weights(model)]
+    assert [bool(differing(a, b)) for a, b in zip(watch.weights, after, strict=True)] == [True, False, True, True]
+    assert trainer.non_finite_guard.skipped_steps == 1
+    assert all(torch.isfinite(value).all() for value in after[-1].values())
+
+
+def test_a_step_without_gradients_is_counted():
+    guard = NonFiniteGuard()
+    guard.on_pre_optimizer_step(SimpleNamespace(fp16=False), None, None, model=torch.nn.Linear(1, 1))
+    assert guard.skipped_steps == 1
 
 
 def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args, token_dataset):
