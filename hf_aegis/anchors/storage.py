@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_aegis.anchors.fingerprint import FORMAT_VERSION
+from hf_aegis.atomic_files import write_bytes
 
 
 ANCHOR_TENSORS = "anchor.safetensors"
@@ -37,8 +38,8 @@ def write_anchor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
         **fingerprint,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
-    _write_atomically(target / ANCHOR_TENSORS, data)
-    _write_atomically(target / ANCHOR_CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(target / ANCHOR_TENSORS, data)
+    write_bytes(target / ANCHOR_CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return target
 
 
@@ -123,12 +124,3 @@ def locate_anchor(
             f"(revision {revision or 'main'}): {error}"
         ) from error
     return Path(files[0]), Path(files[1])
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.command_parser import CommandParser
-from hf_aegis.cli.text_file import write_text
 
 
 if TYPE_CHECKING:

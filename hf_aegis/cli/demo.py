@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hf_aegis.cli.text_file import write_text
+from hf_aegis.atomic_files import write_text
 
 
 # Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about

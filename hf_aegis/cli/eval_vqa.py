@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.assets import EMBEDDED_VLM
-from hf_aegis.cli.text_file import write_text
+from hf_aegis.atomic_files import write_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

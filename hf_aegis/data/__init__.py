@@ -10,6 +10,7 @@ _EXPORTS = {
     "LiberoConvention": "hf_aegis.data.libero_format",
     "LiberoDataset": "hf_aegis.data.libero_dataset",
     "LiberoFormatError": "hf_aegis.data.libero_format",
+    "RecordingConfig": "hf_aegis.data.libero_recorder",
     "VQACollator": "hf_aegis.data.vqa",
     "VQASample": "hf_aegis.data.vqa",
     "combine": "hf_aegis.data.libero_combine",
@@ -17,7 +18,7 @@ _EXPORTS = {
     "inspect_file": "hf_aegis.data.libero_inspect",
     "load_easy_vqa": "hf_aegis.data.vqa",
     "load_statistics": "hf_aegis.data.statistics",
-    "record_demonstrations": "hf_aegis.data.libero_recorder",
+    "record": "hf_aegis.data.libero_recorder",
     "save_statistics": "hf_aegis.data.statistics",
 }
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, resolve_files
 from hf_aegis.data.libero_hdf5 import read_demonstration, read_task
+from hf_aegis.data.libero_writer import replacing_hdf5
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def combine(
 
     Args:
         paths (`str`, `os.PathLike` or a sequence of them): files, or folders that stand for every `*.hdf5` below.
-        output (`str` or `os.PathLike`): the file to write.
+        output (`str` or `os.PathLike`): the file to write; its folder is created where it is missing.
         suite (`str`, *optional*): the suite of tasks whose file does not tell. It is told by the group of a combined
             file, else by the folder of `bddl_file_name`, else by the file's own folder (`libero_*`).
         overwrite (`bool`, *optional*, defaults to `False`): replace an existing output.
@@ -55,17 +56,12 @@ def combine(
     if suite is not None and (not suite or "/" in suite):
         raise ValueError(f"'suite' must be a plain name, found {suite!r}")
 
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     origins: dict[str, str] = {}
-    try:
-        with h5py.File(temporary, "w", libver=_LIBRARY_VERSIONS) as target:
-            for path in tqdm(files, desc="combine", unit="file", delay=2):
-                with open_libero_file(path) as source, naming_damage(path):
-                    for group in find_data_groups(source):
-                        _copy(group, target, suite, origins)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_hdf5(output, libver=_LIBRARY_VERSIONS) as target:
+        for path in tqdm(files, desc="combine", unit="file", delay=2):
+            with open_libero_file(path) as source, naming_damage(path):
+                for group in find_data_groups(source):
+                    _copy(group, target, suite, origins)
     logger.info("wrote %d tasks to %s", len(origins), output)
     return output
 

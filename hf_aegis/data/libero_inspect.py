@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 64
 
 
 @dataclass
-class TaskSummary:
+class TaskReport:
     """What one task holds: its description and its sound demonstrations' lengths and frame sizes."""
 
     task: RecordedTask
@@ -37,14 +37,14 @@ class FileReport:
 
     Args:
         path (`str`): the file.
-        tasks (`list[TaskSummary]`): its readable tasks.
+        tasks (`list[TaskReport]`): its readable tasks.
         problems (`list[str]`): every problem found, each naming its place.
         statistics (`DatasetStatistics`, *optional*): over all stored steps of the sound demonstrations; `None` where
             there are none.
     """
 
     path: str
-    tasks: list[TaskSummary] = field(default_factory=list)
+    tasks: list[TaskReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     statistics: DatasetStatistics | None = None
 
@@ -118,7 +118,7 @@ def _inspect_task(group: h5py.Group, report: FileReport, demonstrations: list[De
     task = read_task(group, collect)
     if task is None:
         return
-    summary = TaskSummary(task)
+    summary = TaskReport(task)
     report.tasks.append(summary)
     for path in task.demonstrations:
         found_before = len(report.problems)

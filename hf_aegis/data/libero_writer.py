@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from hf_aegis.atomic_files import replacing
 from hf_aegis.data.libero_format import CAMERAS, CONVENTION_ATTRIBUTE, JPEG_SUFFIX, LiberoConvention
 
 
@@ -110,7 +109,7 @@ def write_task(
         attributes (`Mapping`): Attributes of the `data` group; mappings become JSON.
         convention ([`LiberoConvention`]): How frames and observations are stored.
     """
-    with replacing(path) as file:
+    with replacing_hdf5(path) as file:
         data = file.create_group("data")
         total = count = 0
         for source, name in demonstrations:
@@ -126,23 +125,11 @@ def write_task(
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file that takes its place under `path` only when it has been written to the end."""
+def replacing_hdf5(path: Path, **options: Any) -> Iterator[h5py.File]:
+    """
+    A new HDF5 file that takes its place under `path`, whose folder is created where it is missing, only when it has
+    been written to the end; `options` are those of `h5py.File`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    # mkstemp is more private than an ordinary new file would be.
-    os.chmod(temporary, 0o666 & ~_umask())
-    try:
-        with h5py.File(temporary, "w") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(path) as staged, h5py.File(staged, "w", **options) as file:
+        yield file

@@ -4,17 +4,13 @@ import json
 import os
 from pathlib import Path
 
+from hf_aegis.atomic_files import write_text
 from hf_aegis.functional.normalization import DatasetStatistics
 
 
 def save_statistics(statistics: DatasetStatistics, path: str | os.PathLike) -> None:
     """Writes statistics as JSON, atomically; every float survives exactly."""
-    temporary = Path(f"{os.fspath(path)}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(statistics.to_dict(), indent=2) + "\n")
 
 
 def load_statistics(path: str | os.PathLike) -> DatasetStatistics:

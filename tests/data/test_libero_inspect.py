@@ -115,7 +115,7 @@ def recorded(monkeypatch):
 
     def record(config):
         configurations.append(config)
-        return [libero_recorder.TaskSummary("libero_object", "milk", "milk.hdf5", 2, 3, 200)]
+        return [libero_recorder.RecordingSummary("libero_object", "milk", "milk.hdf5", 2, 3, 200)]
 
     monkeypatch.setattr(libero_recorder, "record", record)
     return configurations

@@ -10,8 +10,8 @@ from PIL import Image
 
 from hf_aegis.data import libero_recorder
 from hf_aegis.data.libero_format import LiberoConvention, LiberoFormatError
-from hf_aegis.data.libero_recorder import RecordingConfig, RecordingError, record, record_demonstrations
-from hf_aegis.data.libero_writer import Episode, replacing, write_episode
+from hf_aegis.data.libero_recorder import RecordingConfig, RecordingError, record
+from hf_aegis.data.libero_writer import Episode, replacing_hdf5, write_episode
 
 
 SIZE = 16
@@ -89,7 +89,7 @@ def contents(path):
 
 def test_failed_attempts_are_counted_and_thrown_away(simulator, tmp_path):
     (summary,) = record(config(tmp_path))
-    assert (summary.demonstrations, summary.attempts, summary.failures) == (4, 5, 1)
+    assert (summary.demonstrations, summary.attempts) == (4, 5)
     assert summary.steps == 20
     with h5py.File(summary.file) as file:
         seeds = [int(file["data"][f"demo_{index}"].attrs["reset_seed"]) for index in range(4)]
@@ -133,6 +133,53 @@ def test_an_expert_that_fails_too_often_is_an_error(simulator, tmp_path):
         record(config(tmp_path, max_attempts=4))
 
 
+def test_a_file_that_took_more_attempts_than_are_allowed_is_an_error(simulator, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulator, "attempt", lambda self, number: synthetic_episode(number) if number > 5 else None)
+    record(config(tmp_path, num_demonstrations=1, max_attempts=9))
+    with pytest.raises(RecordingError, match="1 of 7 episodes succeeded, 2 were asked for"):
+        record(config(tmp_path, num_demonstrations=2, max_attempts=3))
+
+
+def test_more_demonstrations_than_asked_for_are_refused_before_anything_is_recorded(simulator, tmp_path):
+    record(config(tmp_path, num_demonstrations=2))
+    simulator.tried.clear()
+    with pytest.raises(LiberoFormatError, match="2 demonstrations are there and 1 were asked for"):
+        record(config(tmp_path, tasks=["libero_object/1", "libero_object/7"], num_demonstrations=1))
+    assert simulator.tried == []
+
+
+@pytest.mark.parametrize("num_demonstrations", [2, 3])
+def test_one_file_holds_demonstrations_of_one_simulator(simulator, tmp_path, monkeypatch, num_demonstrations):
+    record(config(tmp_path, num_demonstrations=2))
+    installed = libero_recorder._versions()
+    monkeypatch.setattr(libero_recorder, "_versions", lambda: installed | {"mujoco": "9.9"})
+    with pytest.raises(LiberoFormatError, match=rf"mujoco {installed['mujoco']}, installed is 9\.9"):
+        record(config(tmp_path, num_demonstrations=num_demonstrations))
+
+
+def test_episodes_of_another_simulator_are_recorded_anew(simulator, tmp_path, monkeypatch):
+    simulator.interrupt = {2}
+    with pytest.raises(KeyboardInterrupt):
+        record(config(tmp_path))
+    installed = libero_recorder._versions()
+    monkeypatch.setattr(libero_recorder, "_versions", lambda: installed | {"mujoco": "9.9"})
+    simulator.interrupt = set()
+    simulator.tried.clear()
+    record(config(tmp_path))
+    assert simulator.tried == [0, 1, 2, 3, 4]
+
+
+def test_a_combined_file_is_checked_before_anything_is_recorded(simulator, tmp_path):
+    (tmp_path / "text").write_text("no folder")
+    task = tmp_path / "libero_object" / "pick_up_the_milk_and_place_it_in_the_basket_demo.hdf5"
+    for place, error in (("text/all.hdf5", OSError), (".", IsADirectoryError), (task, ValueError)):
+        with pytest.raises(error):
+            record(config(tmp_path, combined_file=str(tmp_path / place)))
+    assert simulator.tried == []
+    record(config(tmp_path, combined_file=str(tmp_path / "new" / "folder" / "all.hdf5")))
+    assert (tmp_path / "new" / "folder" / "all.hdf5").exists()
+
+
 def test_one_combined_file_holds_all_tasks(simulator, tmp_path):
     combined = tmp_path / "all.hdf5"
     summaries = record(
@@ -172,11 +219,11 @@ def test_wrong_recipes_are_refused(simulator, tmp_path, options, message):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.hdf5"
-    with replacing(path) as file:
+    with replacing_hdf5(path) as file:
         file["kept"] = 1
 
     def write_half():
-        with replacing(path) as file:
+        with replacing_hdf5(path) as file:
             file["lost"] = 2
             raise RuntimeError("power cut")
 
@@ -206,7 +253,7 @@ def recording(tmp_path_factory):
     from hf_aegis.simulation import LiberoEnvironment, find_task
 
     folder = tmp_path_factory.mktemp("recording")
-    (summary,) = record_demonstrations("libero_object", [6], folder, num_demonstrations=1, image_size=SIZE)
+    (summary,) = record(config(folder, tasks=["libero_object/6"], num_demonstrations=1))
     with LiberoEnvironment(find_task("libero_object", 6), image_size=SIZE) as environment:
         yield summary, environment
 

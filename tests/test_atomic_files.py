@@ -1,0 +1,52 @@
+import os
+import stat
+
+import pytest
+
+from hf_aegis.atomic_files import replacing, write_bytes, write_text
+
+
+@pytest.fixture
+def umask():
+    earlier = os.umask(0o027)
+    yield
+    os.umask(earlier)
+
+
+def test_a_file_is_replaced_whole_with_an_ordinary_mode(tmp_path, umask):
+    path = tmp_path / "file.txt"
+    write_text(path, "einß\n")
+    write_text(str(path), "zweiß\n")
+    assert path.read_bytes() == "zweiß\n".encode()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    write_bytes(path, b"\xff")
+    assert path.read_bytes() == b"\xff"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_or_interruption_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), replacing(path) as staged:
+            staged.write_text("half")
+            raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_two_writers_do_not_share_a_half_written_file(tmp_path):
+    path = tmp_path / "file.txt"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
