@@ -102,7 +102,8 @@ def apply_penalty_gradient(hidden: Tensor, mask: Tensor | None, shift: Tensor, s
             Coefficients, float32 or better; the arithmetic is done in their dtype.
 
     Returns:
-        `Tensor` of shape `(B, T, D)`: the cotangent, in the dtype of `hidden`.
+        `Tensor` of shape `(B, T, D)`: the cotangent, in the dtype of `hidden`. It is of the order of 1 / (N D), which
+        float16 rounds to zero for large batches; bfloat16 has float32's range.
 
     Raises:
         ValueError: if the shapes do not belong together.

@@ -82,7 +82,7 @@ class AEGISTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse_unsupported(args)
+        _refuse_unsupported(model, args)
         _refuse_cut_gradient(model, args)
         if args.preserve != "none" and anchor is None:
             raise ValueError(f'preserve={args.preserve!r} needs an anchor; pass one, or preserve="none"')
@@ -247,9 +247,11 @@ class AEGISTrainer(Trainer):
             self.ema.load(checkpoint)
 
 
-def _refuse_unsupported(args: AEGISConfig) -> None:
+def _refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     if args.preserve == "none":
         return
+    stepping_inside = any(name in str(args.optim) for name in ("lomo", "layerwise"))
+    narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
     reasons = {
         "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
         "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
@@ -257,7 +259,8 @@ def _refuse_unsupported(args: AEGISConfig) -> None:
         "DeepSpeed": args.deepspeed is not None,
         "FSDP": bool(args.fsdp),
         "torch.compile": args.torch_compile,
-        f"the optimiser {args.optim}, which steps inside the backward pass": "lomo" in str(args.optim),
+        f"the optimiser {args.optim}, which steps inside the backward pass": stepping_inside,
+        "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
     }
     for reason, applies in reasons.items():
         if applies:

@@ -260,12 +260,28 @@ def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args,
         ({"frozen_modules": ["visoin_tower"]}, "no module whose path ends with 'visoin_tower'"),
         ({"expert_modules": ["expert"]}, "no module 'expert'"),
         ({"torch_compile": True}, "not supported with torch.compile"),
+        ({"optim": "lomo"}, "not supported with the optimiser .*lomo"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["mlp"]}, "steps inside the backward pass"),
+        ({"optim": "apollo_adamw_layerwise", "optim_target_modules": ["mlp"]}, "steps inside the backward pass"),
+        ({"fp16": True, "use_cpu": False}, "not supported with float16"),
     ],
 )
 def test_wrong_arguments_are_refused(make_language_model, make_anchor, make_args, token_dataset, changes, message):
     model = make_language_model()
     with pytest.raises(ValueError, match=message):
         AEGISTrainer(model, make_args(**changes), make_anchor(model), train_dataset=token_dataset)
+
+
+def test_half_precision_with_the_projection(make_language_model, make_anchor, make_args, token_dataset):
+    anchor = make_anchor(make_language_model())
+    with pytest.raises(ValueError, match="not supported with float16"):
+        AEGISTrainer(make_language_model().half(), make_args(), anchor, train_dataset=token_dataset)
+    AEGISTrainer(make_language_model().half(), make_args(preserve="none"), train_dataset=token_dataset)
+    trainer = AEGISTrainer(
+        make_language_model(), make_args(max_steps=1, bf16=True), anchor, train_dataset=token_dataset
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["energy_shed"] > 0
 
 
 def test_missing_and_foreign_anchors_are_refused(make_language_model, make_anchor, make_args, token_dataset):
