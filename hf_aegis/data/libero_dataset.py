@@ -162,8 +162,9 @@ class LiberoDataset(Dataset):
         episode = self._episodes[position]
         step = index - (self._ends[position] - episode.length)
 
+        file = self._open(episode.file)
         with naming_damage(episode.file):
-            group = self._open(episode.file)[episode.path]
+            group = file[episode.path]
             first = step + episode.convention.action_offset
             actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
             state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in STATE_FEATURES])

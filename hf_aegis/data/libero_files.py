@@ -73,14 +73,18 @@ def open_libero_file(path: str | os.PathLike) -> h5py.File:
 @contextmanager
 def naming_damage(path: str | os.PathLike) -> Iterator[None]:
     """
-    Names the file where HDF5 stumbles over a damaged structure, which h5py reports as one of several exceptions.
+    Names the file where HDF5 stumbles over a damaged structure, which h5py reports as one of several exceptions. Only
+    for code that reads this file: whatever raises these exceptions inside is blamed on it.
 
     Raises:
         LiberoFormatError: in place of whichever of the exceptions below h5py raised.
+        OSError: of the operating system, as it is: a file that is gone or a full disk is no damage.
     """
     try:
         yield
     except (KeyError, OSError, RuntimeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise LiberoFormatError(f"{os.fspath(path)}: damaged HDF5 structure: {error}") from error
 
 

@@ -243,6 +243,21 @@ def test_a_file_that_changed_since_construction_is_refused(libero_files):
         dataset[0]
 
 
+def test_a_file_that_is_gone_since_construction_is_missing_and_not_damaged(libero_files):
+    path = libero_files.write()
+    dataset = LiberoDataset(path, chunk_size=3)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"milk_demo\.hdf5: no such file"):
+        dataset[0]
+
+
+def test_a_defect_of_ours_is_not_blamed_on_the_file(libero_files, monkeypatch):
+    dataset = LiberoDataset(libero_files.write(), chunk_size=3)
+    monkeypatch.setattr(dataset, "_stamps", {})
+    with pytest.raises(KeyError, match="milk_demo"):
+        dataset[0]
+
+
 def test_fingerprint_covers_contents_and_not_names(libero_files, tmp_path):
     path = libero_files.write(kind="recorded")
     fingerprint = LiberoDataset(path, chunk_size=3).fingerprint
