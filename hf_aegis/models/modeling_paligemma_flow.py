@@ -150,7 +150,7 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As of the plain VLM; `pixel_values` may also have shape `(B, n, 3, h, w)`."""
         if "pixel_values" in kwargs:
-            kwargs["pixel_values"] = _flatten_cameras(kwargs["pixel_values"])
+            kwargs["pixel_values"] = self._flat_cameras(kwargs["pixel_values"])
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
@@ -180,7 +180,8 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
 
         Args:
             input_ids, attention_mask (`Tensor` of shape `(B, T)`): as of the plain VLM.
-            pixel_values (`Tensor` of shape `(B, n, 3, h, w)` or `(B·n, 3, h, w)`): `n` cameras.
+            pixel_values (`Tensor` of shape `(B, n, 3, h, w)` or `(B·n, 3, h, w)`):
+                `n` cameras, at the vision tower's own size `h = w`, which the processor resizes to.
             token_type_ids (`Tensor` of shape `(B, T)`, *optional*):
                 0 prefix, read in both directions; 1 suffix, causal. When it is missing from a batch with actions and
                 without labels, the whole prompt is prefix: transformers would silently make it causal.
@@ -200,10 +201,10 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             [`PaliGemmaFlowOutput`] with `actions`; a tuple of its fields with `return_dict=False`.
 
         Raises:
-            ValueError: a shape differs from the configuration, the state is missing, labels come without
-                `token_type_ids` or label nothing, or a cache is asked for.
+            ValueError: a shape differs from the configuration or the number of prompts, the state is missing, labels
+                come without `token_type_ids` or label nothing, or a cache is asked for.
         """
-        pixel_values = _flatten_cameras(pixel_values)
+        pixel_values = self._flat_cameras(pixel_values)
         if actions is None:
             flow = {"state": state, "action_is_pad": action_is_pad, "noise": noise, "timestep": timestep}
             if given := [name for name, value in flow.items() if value is not None]:
@@ -224,13 +225,14 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             )
 
         return_dict = kwargs.pop("return_dict", None)
-        self._check_shapes(actions.shape[0], state=state, actions=actions, noise=noise, timestep=timestep)
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a batch of actions needs `input_ids`, and no `inputs_embeds`")
+        # A single prompt would otherwise be stretched over many chunks of actions without a word.
+        self._check_shapes(input_ids.shape[0], state=state, actions=actions, noise=noise, timestep=timestep)
         if labels is not None and token_type_ids is None:
             raise ValueError("`labels` with `actions` need `token_type_ids`, to tell the prompt from the answer")
         if use_cache or past_key_values is not None:
             raise ValueError("a batch of actions takes no key-value cache: drop `use_cache` and `past_key_values`")
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a batch of actions needs `input_ids`, and no `inputs_embeds`")
         outputs, prefix_mask = self._encode(
             input_ids,
             pixel_values,
@@ -314,7 +316,9 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         if noise is None:
             noise = torch.randn(shape, device=input_ids.device, generator=generator)
         self._check_shapes(shape[0], state=state, noise=noise)
-        outputs, prefix_mask = self._encode(input_ids, _flatten_cameras(pixel_values), attention_mask, token_type_ids)
+        outputs, prefix_mask = self._encode(
+            input_ids, self._flat_cameras(pixel_values), attention_mask, token_type_ids
+        )
         cache = self.action_expert.encode_context(outputs.last_hidden_state, prefix_mask)
         return euler_integrate(
             lambda x, t: self.action_expert(x, t, state, cache=cache).float(),
@@ -367,6 +371,17 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             if tensor is not None and tuple(tensor.shape) != expected[name]:
                 raise ValueError(f"`{name}` must have shape {expected[name]}, found {tuple(tensor.shape)}")
 
-
-def _flatten_cameras(pixel_values: Tensor | None) -> Tensor | None:
-    return pixel_values.flatten(0, 1) if pixel_values is not None and pixel_values.ndim == 5 else pixel_values
+    def _flat_cameras(self, pixel_values: Tensor | None) -> Tensor | None:
+        """Cameras `(B, n, 3, h, w)` or `(B·n, 3, h, w)` along the batch dimension, checked before SigLIP sees them."""
+        if pixel_values is None:
+            return None
+        vision = self.config.vision_config
+        channels, size = getattr(vision, "num_channels", 3), vision.image_size
+        expected = (channels, size, size)
+        shape = tuple(pixel_values.shape)
+        if len(shape) not in (4, 5) or shape[-3:] != expected or 0 in shape:
+            raise ValueError(
+                f"`pixel_values` must have shape (batch, *{expected}) or (batch, cameras, *{expected}), found {shape}: "
+                "let the processor of this model prepare the images, it resizes them"
+            )
+        return pixel_values.flatten(0, 1) if len(shape) == 5 else pixel_values

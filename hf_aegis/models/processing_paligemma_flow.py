@@ -130,7 +130,9 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         Args:
             images (`Sequence[Sequence[image]]`):
                 For each sample its cameras, in order: RGB `PIL.Image` or uint8 array of shape `(h, w, 3)`. With a
-                single `str` as `text`, the cameras of that sample.
+                single `str` as `text`, the cameras of that sample. Any size is resized to the vision tower's, and
+                what is not square is squeezed to a square as in stock PaliGemma (LIBERO's frames are square); nothing
+                is cropped, so train and act with frames of the same shape.
             text (`str` or `Sequence[str]`): instructions, without `<image>` tokens.
             state (array of shape `(B, S)` or `(S,)`, *optional*): normalised.
             actions (array of shape `(B, H, A)` or `(H, A)`, *optional*): normalised.
@@ -144,8 +146,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
             and `labels`.
 
         Raises:
-            ValueError: numbers of samples, cameras or dimensions do not fit, an image is not RGB uint8, or an
-                instruction is empty or holds an image token.
+            ValueError: numbers of samples, cameras or dimensions do not fit, an image is empty or not RGB
+                uint8, or an instruction is empty or holds an image token.
         """
         single = isinstance(text, str)
         instructions = [text] if isinstance(text, str) else list(text)
@@ -244,8 +246,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
 def _as_rgb(image: Any, where: str) -> Image.Image:
     expected = "expected an RGB PIL image or a uint8 array of shape (h, w, 3)"
     if isinstance(image, Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(f"{where} has mode {image.mode!r}: {expected}")
+        if image.mode != "RGB" or 0 in image.size:
+            raise ValueError(f"{where} has mode {image.mode!r} and size {image.size}: {expected}")
         return image
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{where} is a {type(image).__name__}: {expected}")

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -365,6 +366,10 @@ def test_wrong_batches_are_refused(model, batch):
         ({"labels": torch.full_like(batch["input_ids"], -100)}, "label no token"),
         ({"actions": None}, "state, action_is_pad given without `actions`"),
         ({"input_ids": None}, "needs `input_ids`, and no"),
+        (
+            {key: batch[key][:1] for key in NO_ACTIONS},
+            r"`actions` must have shape \(1, 5, 3\), found \(3, 5, 3\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch | change)
@@ -372,6 +377,21 @@ def test_wrong_batches_are_refused(model, batch):
         model.sample_actions(**_observation(batch), num_steps=0)
     with pytest.raises(ValueError, match=r"`noise` must have shape \(3, 5, 3\), found \(3, 4, 3\)"):
         model.sample_actions(**_observation(batch), noise=torch.zeros(3, 4, 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (3, 2, 3, 16, 24), (3, 2, 1, 16, 16), (3, 16, 16), (0, 3, 16, 16)])
+def test_images_of_a_wrong_shape_are_refused_before_the_vision_tower(model, batch, shape):
+    images = {"pixel_values": torch.zeros(shape)}
+    prompt = {key: batch[key] for key in NO_ACTIONS} | images
+    message = rf"\(batch, \*\(3, 16, 16\)\) or .*, found {re.escape(str(shape))}: let the processor"
+    for call in (
+        lambda: model(**batch | images),
+        lambda: model(**prompt),
+        lambda: model.generate(**prompt, max_new_tokens=1),
+        lambda: model.sample_actions(**_observation(batch) | images),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_wrong_checkpoints_are_refused(model, vlm_folder, expert, tmp_path):

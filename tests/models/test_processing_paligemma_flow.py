@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, PaliGemmaProcessor
 
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowProcessor
@@ -145,9 +146,11 @@ def test_wrong_input_is_refused(processor, images):
     with_nan = raw["state"].copy()
     with_nan[1, 2] = np.nan
     for (pictures, text, values), message in (
-        ((grey, TEXT, raw), "image 0 of sample 0 has mode 'L': expected an RGB PIL image"),
+        ((grey, TEXT, raw), "image 0 of sample 0 has mode 'L' and size \(20, 20\): expected an RGB PIL image"),
         ((floating, TEXT, raw), r"image 0 of sample 0 is float32 of shape \(8, 8, 3\)"),
         ((channels_first, TEXT, raw), r"uint8 of shape \(3, 8, 8\): expected"),
+        (([[np.zeros((0, 8, 3), np.uint8)] * 2, *images[1:]], TEXT, raw), r"uint8 of shape \(0, 8, 3\): expected"),
+        (([[Image.new("RGB", (0, 8))] * 2, *images[1:]], TEXT, raw), r"mode 'RGB' and size \(0, 8\): expected"),
         (([["a.png"] * 2, *images[1:]], TEXT, raw), "image 0 of sample 0 is a str"),
         (([images[0], images[1][:1], images[2]], TEXT, raw), "sample 1 has 1 images, expected 2"),
         (([[], [], []], TEXT, raw), "sample 0 has 0 images, expected 1"),
