@@ -12,7 +12,8 @@ from hf_aegis.functional.gram_schmidt import shed_energy
 @dataclass
 class ProjectionReport:
     r"""
-    Scalars of one backward pass. Everything stays on the device until it is read.
+    Scalars of one backward pass. Everything stays on the device until it is read. Where a gradient or a reference was
+    not finite, neither are its figures, nor the totals.
 
     Attributes:
         groups (`list[str]`): Names of the \\(G\\) groups that had a task gradient.
@@ -41,7 +42,7 @@ class ProjectionReport:
         """Cosine between task gradient and reference direction per group, `(G,)`; zero where either vanishes."""
         # One root each: the product of two squared norms would leave float32's range.
         norms = self.task_squared_norm.sqrt() * self.reference_squared_norm.sqrt()
-        return torch.where(norms > 0, self.dot / torch.where(norms > 0, norms, 1.0), 0.0)
+        return torch.where(norms == 0, 0.0, self.dot / torch.where(norms == 0, 1.0, norms))
 
     @property
     def energy_shed(self) -> Tensor:
@@ -65,7 +66,7 @@ class ProjectionReport:
         values = torch.stack(
             [
                 (self.dot < 0).float().mean(),
-                torch.where(total > 0, removed / torch.where(total > 0, total, 1.0), 0.0),
+                torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1.0, total)),
                 self.cosine.mean(),
                 self.alpha.mean(),
                 self.penalty_scale * (self.mean_term.sum() + self.std_term.sum()),

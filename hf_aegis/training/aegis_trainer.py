@@ -25,7 +25,7 @@ from hf_aegis.training.callbacks import (
 )
 from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_aegis.training.expert_ema import ExpertEMA
-from hf_aegis.training.expert_parameters import expert_parameters
+from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
 
 
 if TYPE_CHECKING:
@@ -86,11 +86,13 @@ class AEGISTrainer(Trainer):
         _refuse_cut_gradient(model, args)
         if args.preserve != "none" and anchor is None:
             raise ValueError(f'preserve={args.preserve!r} needs an anchor; pass one, or preserve="none"')
-        _freeze(model, args.frozen_modules)
+        expert_modules(model, args.expert_modules)
         if data_collator is None:
             processing_class, data_collator = _action_collator(model, processing_class, train_dataset)
         if anchor is not None and args.preserve != "none":
             anchor.check_compatible(model, layers=args.decoder_layers)
+        # The first thing that changes the model, after all that may refuse it.
+        _freeze(model, args.frozen_modules)
         super().__init__(
             model=model,
             args=args,
@@ -280,12 +282,14 @@ def _refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
 
 
 def _freeze(model: nn.Module, names: list[str] | None) -> None:
+    modules = []
     for name in [DEFAULT_FROZEN] if names is None else names:
         found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
         if not found and names is not None:
             raise ValueError(f"frozen_modules: {type(model).__name__} has no module whose path ends with {name!r}")
-        for module in found:
-            module.requires_grad_(False)
+        modules += found
+    for module in modules:
+        module.requires_grad_(False)
 
 
 def _action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:

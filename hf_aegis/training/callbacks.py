@@ -1,7 +1,7 @@
 """What runs beside a training loop: diagnostics, metrics on disk, VQA evaluation, the expert's average."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_aegis.gradients import ProjectionReport
 from hf_aegis.training.expert_ema import ExpertEMA
-from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
 
 
 if TYPE_CHECKING:
     from hf_aegis.evaluation.vqa import VQAHoldout
 
 
-METRICS_FILE = "metrics.jsonl"
-PROJECTION_FILE = "projection.jsonl"
+def mean_summary(summaries: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Means over [`ProjectionReport.summary`] of several reports; passes over those that are not finite or empty."""
+    whole = [s for s in summaries if s and all(v is not None and math.isfinite(v) for v in s.values())]
+    return {name: math.fsum(s[name] or 0.0 for s in whole) / len(whole) for name in whole[0]} if whole else {}
 
 
 class MetricsCallback(TrainerCallback):
@@ -48,7 +50,8 @@ class MetricsCallback(TrainerCallback):
 class ProjectionCallback(TrainerCallback):
     """
     Collects the report of every projected backward pass: means since the last logging step go into the logs, every
-    single one as a JSON line into `projection.jsonl`. Reports are read from the device when they are logged.
+    single one as a JSON line into `projection.jsonl`, its totals under `summary`. Reports are read from the device
+    when they are logged. One that is not finite is written as it is, and left out of the means.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -62,21 +65,23 @@ class ProjectionCallback(TrainerCallback):
 
     def flush(self) -> None:
         """Reads the new reports off the device and writes them."""
-        self._summaries += [report.summary() for _, report in self._unread]
-        self.lines.append({"step": step, **report.per_group()} for step, report in self._unread)
+        records = [{"step": step, **report.per_group(), "summary": report.summary()} for step, report in self._unread]
+        self._summaries += [record["summary"] for record in records]
+        self.lines.append(records)
         self._unread.clear()
 
     def means(self) -> dict[str, float]:
-        """Means of the figures of all reports since the last call."""
+        """Means of the figures of all finite reports since the last call; empty where there is none."""
         self.flush()
         summaries, self._summaries = self._summaries, []
-        if not summaries:
-            return {}
-        return {name: sum(s[name] for s in summaries) / len(summaries) for name in summaries[0]}
+        return mean_summary(summaries)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # What a training that failed left behind.
+        self._unread.clear()
+        self._summaries.clear()
         self.lines.rewind(state.global_step)
 
     def on_train_end(

@@ -1,15 +1,33 @@
 """A file of JSON lines, one per record of a run, that a resumed run continues."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
+METRICS_FILE = "metrics.jsonl"
+"""What a training run logs."""
+PROJECTION_FILE = "projection.jsonl"
+"""What each projected backward pass of a training run did."""
+
+
+def finite_json(value: Any) -> Any:
+    """`value` with `None` for every number that is not finite, which JSON cannot express."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return value
+
+
 class JSONLines:
     """
-    Appends records to a file, each with a `step`.
+    Appends records to a file, each with a `step`. Numbers that are not finite are written as `null`.
 
     Args:
         path (`str` or `os.PathLike`): The file; its folder is created.
@@ -34,7 +52,7 @@ class JSONLines:
                 if file.read(1) != b"\n":
                     file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
             for record in records:
-                file.write(json.dumps(record).encode() + b"\n")
+                file.write(json.dumps(finite_json(record), allow_nan=False).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a last line that a killed process left half-written is passed over."""

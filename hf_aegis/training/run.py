@@ -21,6 +21,8 @@ from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
+from hf_aegis.training.callbacks import mean_summary
+from hf_aegis.training.json_lines import PROJECTION_FILE, JSONLines, finite_json
 from hf_aegis.training.resources import ResourceCallback
 
 
@@ -119,7 +121,7 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         "vqa_accuracy_by_type": {name: score.accuracy for name, score in final.by_type.items()},
         "flow_mse": flow["eval_loss"] / model.config.flow_loss_scale,
         **_costs(resources),
-        **_means(folder),
+        **(_means(folder) if trainer.shield is not None else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "fingerprints": {
             "train": splits["train"].fingerprint,
@@ -129,7 +131,8 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
     }
-    _write(folder / RESULT_FILE, json.dumps(result, indent=2))
+    result = finite_json(result)
+    _write(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
 
 
@@ -150,13 +153,9 @@ def _costs(resources: ResourceCallback) -> dict[str, float]:
 
 
 def _means(folder: Path) -> dict[str, float]:
-    """Means over training of the projection's figures, from the log."""
-    from hf_aegis.training.callbacks import METRICS_FILE
-    from hf_aegis.training.json_lines import JSONLines
-
-    records = [r for r in JSONLines(folder / METRICS_FILE).read() if "throttle_rate" in r]
-    names = ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty")
-    return {name: sum(r[name] for r in records) / len(records) for name in names} if records else {}
+    """Means over training of the projection's figures, over every projected backward pass."""
+    means = mean_summary(record["summary"] for record in JSONLines(folder / PROJECTION_FILE).read())
+    return {name: means[name] for name in ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty") if means}
 
 
 def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:

@@ -234,6 +234,51 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
     assert all(torch.isfinite(value).all() for value in after[-1].values())
 
 
+def test_a_pass_that_is_not_finite_stays_out_of_the_means(
+    make_language_model, make_anchor, make_args, token_dataset, tmp_path
+):
+    model = make_language_model()
+    args = make_args(max_steps=4, logging_steps=2)
+    trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset)
+    compute_loss = trainer.compute_loss
+
+    def poisoned(*arguments, **options):
+        return compute_loss(*arguments, **options) * (math.nan if trainer.state.global_step in (1, 2, 3) else 1.0)
+
+    trainer.compute_loss = poisoned
+    trainer.train()
+    lines = [(tmp_path / "out" / name).read_text().splitlines() for name in ("projection.jsonl", "metrics.jsonl")]
+    passes, metrics = ([json.loads(line, parse_constant=pytest.fail) for line in text] for text in lines)
+    assert [record["summary"]["energy_shed"] is None for record in passes] == [False, True, True, True]
+    assert passes[1]["cosine"] == [None] * 4
+    assert metrics[0]["energy_shed"] == passes[0]["summary"]["energy_shed"]
+    assert metrics[0]["cosine"] == pytest.approx(sum(passes[0]["cosine"]) / 4)
+    # A window without a single finite pass has no means.
+    assert metrics[1]["step"] == 4
+    assert "cosine" not in metrics[1]
+    assert (metrics[0]["skipped_steps"], metrics[1]["skipped_steps"]) == (1, 3)
+
+
+def test_a_failed_training_leaves_no_figures_to_the_next(
+    make_language_model, make_anchor, make_args, token_dataset, tmp_path
+):
+    class Fail(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = make_language_model()
+    args = make_args(max_steps=2, gradient_accumulation_steps=2)
+    trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset)
+    trainer.add_callback(fail := Fail())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(fail)
+    model.zero_grad()
+    trainer.train()
+    steps = [r["step"] for r in JSONLines(tmp_path / "out" / "projection.jsonl").read()]
+    assert steps == [1, 1, 2, 2]
+
+
 def test_a_step_without_gradients_is_counted():
     guard = NonFiniteGuard()
     guard.on_pre_optimizer_step(SimpleNamespace(fp16=False), None, None, model=torch.nn.Linear(1, 1))
@@ -257,7 +302,7 @@ def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args,
         ({"granularity": "row"}, "granularity must be one of"),
         ({"penalty_scale": 0.0}, "penalty_scale must be positive, found 0.0"),
         ({"expert_ema_decay": 1.0}, r"expert_ema_decay must lie in \[0, 1\), found 1.0"),
-        ({"frozen_modules": ["visoin_tower"]}, "no module whose path ends with 'visoin_tower'"),
+        ({"frozen_modules": ["layers.0", "visoin_tower"]}, "no module whose path ends with 'visoin_tower'"),
         ({"expert_modules": ["expert"]}, "no module 'expert'"),
         ({"torch_compile": True}, "not supported with torch.compile"),
         ({"optim": "lomo"}, "not supported with the optimiser .*lomo"),
@@ -268,8 +313,11 @@ def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args,
 )
 def test_wrong_arguments_are_refused(make_language_model, make_anchor, make_args, token_dataset, changes, message):
     model = make_language_model()
+    anchor = make_anchor(model)
+    changes = {"frozen_modules": ["layers.0"], **changes}
     with pytest.raises(ValueError, match=message):
-        AEGISTrainer(model, make_args(**changes), make_anchor(model), train_dataset=token_dataset)
+        AEGISTrainer(model, make_args(**changes), anchor, train_dataset=token_dataset)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_half_precision_with_the_projection(make_language_model, make_anchor, make_args, token_dataset):
@@ -292,7 +340,8 @@ def test_missing_and_foreign_anchors_are_refused(make_language_model, make_ancho
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="weight"):
-        AEGISTrainer(model, make_args(), anchor, train_dataset=token_dataset)
+        AEGISTrainer(model, make_args(frozen_modules=["layers.0"]), anchor, train_dataset=token_dataset)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_checkpoint_state_is_json(train, tmp_path):

@@ -1,3 +1,6 @@
+import json
+import math
+
 import pytest
 
 from hf_aegis.training.json_lines import JSONLines
@@ -20,6 +23,17 @@ def test_rewinding_drops_what_a_resumed_run_writes_again(lines):
     lines.rewind(0)
     assert lines.read() == []
     assert [path.name for path in lines.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_not_finite_is_written_as_null(lines):
+    lines.append([{"step": 1, "loss": math.nan, "dot": [1.0, -math.inf], "summary": {"cosine": (math.inf, 0.5)}}])
+    text = lines.path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "dot": [1.0, None],
+        "summary": {"cosine": [None, 0.5]},
+    }
 
 
 def test_a_half_written_last_line_is_passed_over_and_removed(lines):
