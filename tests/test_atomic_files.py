@@ -27,10 +27,15 @@ def test_a_file_is_replaced_whole_with_an_ordinary_mode(tmp_path, umask):
 def test_an_error_or_interruption_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "old")
-    for error in (ValueError, KeyboardInterrupt):
-        with pytest.raises(error), replacing(path) as staged:
+
+    def write_half(error):
+        with replacing(path) as staged:
             staged.write_text("half")
             raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write_half(error)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -381,7 +381,7 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         shape = tuple(pixel_values.shape)
         if len(shape) not in (4, 5) or shape[-3:] != expected or 0 in shape:
             raise ValueError(
-                f"`pixel_values` must have shape (batch, *{expected}) or (batch, cameras, *{expected}), found {shape}: "
-                "let the processor of this model prepare the images, it resizes them"
+                f"`pixel_values` must have shape (batch, *{expected}) or (batch, cameras, *{expected}), "
+                f"found {shape}: let the processor of this model prepare the images, it resizes them"
             )
         return pixel_values.flatten(0, 1) if len(shape) == 5 else pixel_values

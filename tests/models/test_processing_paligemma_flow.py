@@ -146,7 +146,7 @@ def test_wrong_input_is_refused(processor, images):
     with_nan = raw["state"].copy()
     with_nan[1, 2] = np.nan
     for (pictures, text, values), message in (
-        ((grey, TEXT, raw), "image 0 of sample 0 has mode 'L' and size \(20, 20\): expected an RGB PIL image"),
+        ((grey, TEXT, raw), r"image 0 of sample 0 has mode 'L' and size \(20, 20\): expected an RGB PIL image"),
         ((floating, TEXT, raw), r"image 0 of sample 0 is float32 of shape \(8, 8, 3\)"),
         ((channels_first, TEXT, raw), r"uint8 of shape \(3, 8, 8\): expected"),
         (([[np.zeros((0, 8, 3), np.uint8)] * 2, *images[1:]], TEXT, raw), r"uint8 of shape \(0, 8, 3\): expected"),
