@@ -177,7 +177,9 @@ class ActivationAnchor:
 
         Args:
             model (`nn.Module`):
-                The model, wrapped or not. PEFT adapters that are not merged do not matter, nor does the dtype.
+                The model, wrapped or not. PEFT adapters that are not merged do not matter, nor does the dtype that
+                weights stored in bfloat16 are loaded in. Weights stored in float32 are rounded when they are loaded in
+                bfloat16, and an anchor of the one does not fit the other.
             layers (`str` or `nn.ModuleList`, *optional*):
                 Where the layers are, for models in which they are not found.
             check (`str`, *optional*, defaults to `"weights"`):
@@ -188,7 +190,9 @@ class ActivationAnchor:
             AnchorMismatchError: naming every field that differs, with both sides.
             ValueError: if no layers are found or `check` is unknown.
         """
-        self.fingerprint.check_model(describe_model(model, find_decoder_layers(model, layers), check=check))
+        found = find_decoder_layers(model, layers)
+        dtype = describe_origin(model, found)["dtype"]
+        self.fingerprint.check_model(describe_model(model, found, check=check), dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """

@@ -146,9 +146,15 @@ class AnchorFingerprint:
         counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNT_FIELDS}
         return dataclasses.replace(self, **counts)
 
-    def check_model(self, description: Mapping[str, Any]) -> None:
+    def check_model(self, description: Mapping[str, Any], dtype: str | None = None) -> None:
         """
         Compares the fields that `description` holds; see [`describe_model`].
+
+        Args:
+            description (`Mapping[str, Any]`):
+                What the model has to share with the anchor.
+            dtype (`str`, *optional*):
+                Of the model's layers. It is not compared, but may explain why the weights' hash differs.
 
         Raises:
             AnchorMismatchError: naming every field that differs, with both sides.
@@ -158,6 +164,12 @@ class AnchorFingerprint:
             for name, value in description.items()
             if getattr(self, name) != value
         ]
+        if description.get("weights_sha256", self.weights_sha256) != self.weights_sha256:
+            if None not in (dtype, self.dtype) and dtype != self.dtype:
+                differences.append(
+                    f"the anchor was collected in {self.dtype} and the model is in {dtype}: rounding alone changes "
+                    f"float32 weights, so load the model in {self.dtype} or collect the anchor in {dtype}"
+                )
         if differences:
             raise AnchorMismatchError(
                 f"this anchor (of {self.base_model or 'an unnamed model'}) does not fit the model: "

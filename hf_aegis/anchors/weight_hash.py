@@ -42,7 +42,9 @@ def named_base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple
 def hash_layer_weights(layers: nn.ModuleList, *, progress: bool = True) -> str:
     """
     SHA-256 over names, shapes and float32 values of the layers' parameters. A bfloat16 checkpoint hashes the same
-    whether it was loaded in bfloat16 or in float32, on whichever device, with or without (unmerged) PEFT adapters.
+    whether it was loaded in bfloat16 or in float32, on whichever device, with or without (unmerged) PEFT adapters. A
+    float32 checkpoint does not: it is rounded when it is loaded in bfloat16. Rounding before hashing would hide that,
+    and with it every difference below bfloat16's resolution.
 
     Args:
         layers (`nn.ModuleList`):

@@ -44,7 +44,9 @@ class AnchorRecipe:
     moments: Literal["batch", "pooled"] = _option(
         "batch", "'batch': the paper's average over batches; 'pooled': exact over all tokens"
     )
-    seed: int = _option(0, "shuffles the samples before the first num_samples are taken")
+    seed: int = _option(
+        0, "shuffles before num_samples are taken (streamed: from about the first 2 * num_samples of shuffled shards)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size"):
@@ -127,7 +129,8 @@ def _samples(recipe: AnchorRecipe) -> Iterator["VQASample"]:
     from datasets import load_dataset
 
     stream = load_dataset(recipe.dataset, split=recipe.split, streaming=True)
-    # The buffer holds encoded images: as many as are drawn is a fair shuffle at a bounded cost.
+    # Not a sample of the whole split: shards come in random order, and the rows are drawn from about the first
+    # 2 · num_samples of that order. A larger buffer would download and hold that many more images before the first one.
     shuffled = stream.shuffle(seed=recipe.seed, buffer_size=recipe.num_samples)
     for index, row in enumerate(shuffled.take(recipe.num_samples)):
         yield _to_sample(row, index, recipe)

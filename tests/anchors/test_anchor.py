@@ -162,6 +162,14 @@ def test_a_different_model_is_refused_with_both_sides(anchor, build_model):
     assert "num_layers" not in message
 
 
+def test_a_hash_that_differs_by_rounding_is_explained(anchor, build_model):
+    with pytest.raises(AnchorMismatchError, match="collected in float32 and the model is in bfloat16: rounding"):
+        anchor.check_compatible(build_model("llama").bfloat16())
+    with pytest.raises(AnchorMismatchError) as caught:
+        anchor.check_compatible(build_model("llama", seed=1))
+    assert "rounding" not in str(caught.value)
+
+
 def test_a_trained_model_is_compatible_in_shape_only(anchor, build_model):
     other = build_model("llama", seed=1)
     anchor.check_compatible(other, check="shape")
