@@ -2,7 +2,8 @@
 Step time and peak memory of naive, two-pass and streaming steps on a decoder-dominated model, as ratios.
 
 Every variant runs in a process of its own for peak memory; for time, all variants take turns in one process, so that
-the machine's drift hits them alike. Writes a Markdown table and, with `--output`, the same figures as JSON.
+the machine's drift hits them alike, and the ratios are of processor seconds, which other work on the machine disturbs
+least. Prints a Markdown table and, with `--output`, writes the same figures as JSON.
 """
 
 import argparse
@@ -67,23 +68,25 @@ def shields(model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> dict[str, Gra
 
 
 def time_variants(arguments: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
-    """Median milliseconds and the median of the paired ratios to the naive step."""
+    """Median milliseconds of wall-clock time, and the median of the paired ratios of processor time to naive's."""
     model, batch, anchor = build(arguments, checkpointing)
     variants = shields(model, anchor)
     for shield in variants.values():
         step(model, batch, shield)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    processor: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.repeats):
         for name, shield in variants.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             step(model, batch, shield)
-            seconds[name].append(time.perf_counter() - start)
+            wall[name].append(time.perf_counter() - start[0])
+            processor[name].append(time.process_time() - start[1])
     return {
         name: {
-            "step_ms": 1e3 * statistics.median(values),
-            "step_ratio": statistics.median(v / n for v, n in zip(values, seconds["naive"], strict=True)),
+            "step_ms": 1e3 * statistics.median(wall[name]),
+            "step_ratio": statistics.median(v / n for v, n in zip(processor[name], processor["naive"], strict=True)),
         }
-        for name, values in seconds.items()
+        for name in variants
     }
 
 
@@ -166,7 +169,8 @@ def main(progress: Callable[[str], None] = print) -> None:
         )
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+        gradients = {"layer_mb": layer_mb, "all_mb": all_mb}
+        arguments.output.write_text(json.dumps({"settings": settings, "gradients": gradients, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":
