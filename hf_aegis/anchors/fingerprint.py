@@ -164,12 +164,12 @@ class AnchorFingerprint:
             for name, value in description.items()
             if getattr(self, name) != value
         ]
-        if description.get("weights_sha256", self.weights_sha256) != self.weights_sha256:
-            if None not in (dtype, self.dtype) and dtype != self.dtype:
-                differences.append(
-                    f"the anchor was collected in {self.dtype} and the model is in {dtype}: rounding alone changes "
-                    f"float32 weights, so load the model in {self.dtype} or collect the anchor in {dtype}"
-                )
+        same_weights = description.get("weights_sha256", self.weights_sha256) == self.weights_sha256
+        if not same_weights and None not in (dtype, self.dtype) and dtype != self.dtype:
+            differences.append(
+                f"the anchor was collected in {self.dtype} and the model is in {dtype}: rounding alone changes "
+                f"float32 weights, so load the model in {self.dtype} or collect the anchor in {dtype}"
+            )
         if differences:
             raise AnchorMismatchError(
                 f"this anchor (of {self.base_model or 'an unnamed model'}) does not fit the model: "

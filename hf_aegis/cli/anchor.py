@@ -11,6 +11,7 @@ import yaml
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.device import resolve_device
 
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Registers the model with an action expert: its language model can be anchored as well.
     importlib.import_module("hf_aegis.models")
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(recipe.device)
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         source,
         revision=recipe.revision,
@@ -130,7 +129,7 @@ def _samples(recipe: AnchorRecipe) -> Iterator["VQASample"]:
 
     stream = load_dataset(recipe.dataset, split=recipe.split, streaming=True)
     # Not a sample of the whole split: shards come in random order, and the rows are drawn from about the first
-    # 2 · num_samples of that order. A larger buffer would download and hold that many more images before the first one.
+    # 2 · num_samples of that order. A larger buffer would download and hold that many more images before the first.
     shuffled = stream.shuffle(seed=recipe.seed, buffer_size=recipe.num_samples)
     for index, row in enumerate(shuffled.take(recipe.num_samples)):
         yield _to_sample(row, index, recipe)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
+from hf_aegis.cli.device import resolve_device
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_samples", type=int, help="only the first N questions (default: all)")
     parser.add_argument("--seed", type=int, help="shuffle the questions before taking the first N (default: do not)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions per forward pass (default: 64)")
+    parser.add_argument("--revision", help="revision of the model on the Hub (default: its main branch)")
+    parser.add_argument(
+        "--attn_implementation", default="eager", help="attention implementation of the model (default: eager)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="'auto' takes the GPU where there is one (default: auto)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
 
@@ -41,17 +52,24 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size must be at least 1; found {arguments.batch_size}.")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist.")
+    device = resolve_device(arguments.device)
     model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model, dtype=arguments.dtype, attn_implementation="eager"
-    )
-    processor = AutoProcessor.from_pretrained(arguments.model)
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
+    ).to(device)
+    processor = AutoProcessor.from_pretrained(arguments.model, revision=arguments.revision)
     holdout = VQAHoldout(samples, processor, batch_size=arguments.batch_size)
     scores = {
         "model": arguments.model,
+        "revision": arguments.revision,
         "dataset": arguments.dataset,
         "split": arguments.split,
         "prompt": VQA_PROMPT,
         "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+        "device": device,
         "fingerprint": holdout.fingerprint,
         **holdout.evaluate(model).to_dict(),
     }

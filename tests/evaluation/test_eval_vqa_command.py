@@ -4,6 +4,7 @@ import json
 import pytest
 
 from hf_aegis.cli import eval_vqa
+from hf_aegis.cli.device import resolve_device
 
 
 def run(*options):
@@ -31,8 +32,30 @@ def test_a_model_with_an_action_expert_can_be_scored(tmp_path, tiny_model, tiny_
     expert = {"expert_hidden_size": 32, "expert_num_layers": 1, "expert_num_heads": 4, "expert_intermediate_size": 32}
     PaliGemmaFlowForAction.from_vlm(tiny_model, **expert).save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
-    run("--model", tmp_path, "--max_samples", 4, "--output", tmp_path / "scores.json")
-    assert json.loads((tmp_path / "scores.json").read_text())["model"] == str(tmp_path)
+    options = ("--device", "cpu", "--attn_implementation", "eager", "--revision", "main")
+    run("--model", tmp_path, "--max_samples", 4, "--output", tmp_path / "scores.json", *options)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: scores[name] for name in ("model", "revision", "attn_implementation", "device")} == {
+        "model": str(tmp_path),
+        "revision": "main",
+        "attn_implementation": "eager",
+        "device": "cpu",
+    }
+    # Gemma 2 soft-caps its attention scores, so the option must have reached the model.
+    with pytest.raises(ValueError, match="soft-caps its attention scores"):
+        run("--model", tmp_path, "--max_samples", 4, "--attn_implementation", "sdpa")
+
+
+@pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch, available, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    assert resolve_device("auto") == expected
+    assert resolve_device("cpu") == "cpu"
+    if available:
+        assert resolve_device("cuda:1") == "cuda:1"
+    else:
+        with pytest.raises(ValueError, match=r"device 'cuda': torch .* finds no GPU"):
+            run("--device", "cuda", "--max_samples", 4)
 
 
 def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path):
