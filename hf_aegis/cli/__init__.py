@@ -1,10 +1,13 @@
 """The `hf-aegis` command line: one module per command, imported only when its command runs."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.parent_process import end_with_parent
 
 
 # Command name -> (module, one-line help). Each module offers `configure(parser)` and `run(arguments)` and keeps heavy
@@ -18,10 +21,16 @@ COMMANDS = {
 }
 
 
+TRACEBACK_VARIABLE = "HF_AEGIS_TRACEBACK"
+"""Environment variable that asks for the traceback of an error, before its one line."""
+
+
 def build_parser() -> CommandParser:
     """The command line's parser; a command's module is imported when that command is parsed."""
     parser = CommandParser(
-        prog="hf-aegis", description="Fine-tune a vision-language model into a robot policy that still answers."
+        prog="hf-aegis",
+        description="Fine-tune a vision-language model into a robot policy that still answers.",
+        epilog=f"Errors are one line; with {TRACEBACK_VARIABLE}=1 in the environment, the traceback comes before it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
@@ -39,17 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Runs one command.
 
     Returns:
-        `int`: 0, or what the command says; 2 after an error of the user's input, told in one line on standard error;
-        130 after an interruption.
+        `int`: 0, or what the command says; 2 after an error of the user's input, told in one line on standard error,
+        after its traceback where `HF_AEGIS_TRACEBACK` asks for it; 130 after an interruption.
 
     Raises:
         SystemExit: after `--help` (0) and for a command line that cannot be parsed (2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    end_with_parent()
     try:
         arguments = build_parser().parse_args(argv)
         return importlib.import_module(COMMANDS[arguments.command][0]).run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            traceback.print_exc()
         # Messages of YAML and of the Hub span lines.
         print(f"hf-aegis {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

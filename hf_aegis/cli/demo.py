@@ -13,7 +13,10 @@ from typing import Any
 
 import yaml
 
+from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
+from hf_aegis.cli import TRACEBACK_VARIABLE
+from hf_aegis.cli.parent_process import PARENT_VARIABLE
 
 
 # Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
@@ -91,7 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, found {getattr(arguments, name)}")
     folder.mkdir(parents=True, exist_ok=True)
-    _keep(shared, folder / "demo.json")
+    circumstances = {
+        "anchor_samples": ANCHOR_SAMPLES,
+        # Rounding depends on the number of threads, and step times on what runs beside.
+        "jobs": min(arguments.jobs, len(CONDITIONS)),
+        "threads": _threads(arguments.jobs),
+        "version": __version__,
+    }
+    _keep(shared | circumstances, folder / "demo.json")
 
     pretrained, anchor = folder / "pretrained.json", folder / "anchor"
     calls: list[tuple[str, ...]] = []
@@ -120,11 +130,24 @@ def run(arguments: argparse.Namespace) -> int:
             total=arguments.max_steps * len(pending),
             progress=lambda: sum(_steps_done(folder / name) for name in pending),
         )
-    summary: dict[str, Any] = {"pretrained": _vqa(json.loads(pretrained.read_text()))}
-    summary |= {name: json.loads(result.read_text()) for name, result in results.items()}
+    scores = json.loads(pretrained.read_text())
+    measured = {name: json.loads(result.read_text()) for name, result in results.items()}
+    for name, result in measured.items():
+        asked = result.get("fingerprints", {}).get("vqa_final")
+        if asked is not None and asked != scores["fingerprint"]:
+            raise ValueError(
+                f"{results[name]}: key 'fingerprints.vqa_final' is {asked}, but key 'fingerprint' of {pretrained} is "
+                f"{scores['fingerprint']}: other questions were asked before than after. Delete {folder} to start anew"
+            )
+    summary: dict[str, Any] = {"pretrained": _vqa(scores), **measured}
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     _report(folder)
     print(format_table(summary))
+    if circumstances["jobs"] > 1:
+        print(
+            f"\nStep times were measured with {circumstances['jobs']} processes side by side; "
+            "`make bench` measures them in turn."
+        )
     print(f"\n{folder}/summary.json, metrics.jsonl and *.png; {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
@@ -191,6 +214,12 @@ def _steps_done(folder: Path) -> int:
     return next((int(match[1]) for line in reversed(lines) if (match := re.match(r'{"step": (\d+),', line))), 0)
 
 
+def _threads(jobs: int) -> int:
+    """Threads of each process. Not of how many happen to run: an interrupted demo ends like a whole one."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() else max(1, (os.cpu_count() or 1) // min(jobs, len(CONDITIONS)))
+
+
 def _call_together(
     calls: Sequence[tuple[str, ...]],
     folder: Path,
@@ -200,7 +229,7 @@ def _call_together(
 ) -> None:
     """
     Runs other commands, up to `jobs` side by side, each in a process of its own: conditions share no state, and memory
-    is measured apart. What they say goes to `logs/` in `folder`.
+    is measured apart. What they say is added to `logs/` in `folder`. On Linux they end with this process.
 
     Raises:
         OSError: If one of them fails; the others are ended.
@@ -208,32 +237,41 @@ def _call_together(
     from tqdm import tqdm
 
     side_by_side = min(jobs, len(calls))
-    threads = max(1, (os.cpu_count() or 1) // side_by_side)
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # A log has room for where an error came from.
+        TRACEBACK_VARIABLE: "1",
+        **os.environ,
+        "OMP_NUM_THREADS": str(_threads(jobs)),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     waiting = list(calls)
-    running: dict[Path, tuple[subprocess.Popen, tuple[str, ...]]] = {}
+    running: dict[Path, tuple[subprocess.Popen, tuple[str, ...], int]] = {}
     with tqdm(total=total or len(calls), unit="step" if progress else "command", disable=None) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < side_by_side:
                     call = waiting.pop(0)
                     log = logs / f"{Path(call[-1]).stem if call[0] == 'train' else call[0]}.log"
-                    with log.open("w") as file:
+                    with log.open("a") as file:
+                        start = file.tell()
                         command = [sys.executable, "-m", "hf_aegis", *call]
-                        running[log] = subprocess.Popen(command, stdout=file, stderr=file, env=environment), call
+                        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                        running[log] = process, call, start
                 time.sleep(0.5)
-                for log, (process, call) in list(running.items()):
+                for log, (process, call, start) in list(running.items()):
                     if (code := process.poll()) is None:
                         continue
                     del running[log]
                     if code:
-                        last = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+                        said = log.read_bytes()[start:].decode(errors="replace")
+                        last = said.strip().splitlines()[-1:] or ["it said nothing"]
                         raise OSError(f"hf-aegis {call[0]} ended with code {code}: {last[0]} (all of it in {log})")
                 bar.n = progress() if progress else len(calls) - len(waiting) - len(running)
                 bar.refresh()
         finally:
-            for process, _ in running.values():
+            for process, _, _ in running.values():
                 process.terminate()
                 process.wait()

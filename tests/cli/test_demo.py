@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,7 @@ def no_figures(monkeypatch):
 
 
 def run(folder, *options):
+    options = ("--jobs", "2", *options)
     parser = argparse.ArgumentParser()
     demo.configure(parser)
     return demo.run(parser.parse_args(["--output_dir", str(folder), *options]))
@@ -205,7 +207,9 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
     ]
     for name in ("vqa", "flow", "projection"):
         assert AEGIS in colours(folder / f"{name}.png")
-    assert demo.format_table(summary) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert demo.format_table(summary) in printed
+    assert "measured with 2 processes side by side; `make bench` measures them in turn" in printed
     assert not list(folder.rglob("*.partial"))
 
 
@@ -240,6 +244,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
         (("--max_steps", "40"), "max_steps is 20 there and 40 here"),
         (("--max_steps", "20", "--seed", "1"), "seed is 0 there and 1 here"),
         (("--max_steps", "20", "--vqa_final_samples", "9"), "vqa_final_samples is 2000 there and 9 here"),
+        (("--max_steps", "20", "--jobs", "1"), "jobs is 2 there and 1 here"),
     ],
 )
 def test_results_of_other_options_are_not_taken_for_these(commands, no_figures, tmp_path, options, message):
@@ -257,6 +262,51 @@ def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figu
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ANCHOR_SAMPLES", 30, "anchor_samples is 3000 there and 30 here"),
+        ("__version__", "9.9", "version is .* there and '9.9' here"),
+        ("_threads", lambda jobs: 77, "threads is .* there and 77 here"),
+    ],
+)
+def test_results_of_other_circumstances_are_not_taken_for_these(
+    commands, no_figures, tmp_path, monkeypatch, name, value, message
+):
+    run(tmp_path)
+    monkeypatch.setattr(demo, name, value)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path)
+
+
+def test_threads_do_not_depend_on_what_is_left_to_do(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [demo._threads(jobs) for jobs in (1, 2, 8)] == [8, 4, 4]
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert demo._threads(2) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert demo._threads(1) == 3
+
+
+def test_one_process_after_the_other_needs_no_note(commands, no_figures, tmp_path, capsys):
+    run(tmp_path, "--jobs", "1")
+    assert "side by side" not in capsys.readouterr().out
+
+
+def test_scores_on_other_questions_are_not_compared(commands, no_figures, tmp_path):
+    run(tmp_path)
+    pretrained, result = tmp_path / "pretrained.json", tmp_path / "aegis" / "result.json"
+    pretrained.write_text(json.dumps(json.loads(pretrained.read_text()) | {"fingerprint": "a"}))
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "a"}}))
+    assert run(tmp_path) == 0
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "b"}}))
+    with pytest.raises(
+        ValueError, match=r"aegis/result\.json: key 'fingerprints\.vqa_final' is b, but .* is a: other"
+    ):
+        run(tmp_path)
+
+
 def test_a_command_that_fails_is_named_and_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
     with pytest.raises(
@@ -264,6 +314,25 @@ def test_a_command_that_fails_is_named_and_ends_the_others(tmp_path, monkeypatch
     ):
         demo._call_together([("eval-vqa", "sleep"), ("anchor", "fail")], tmp_path, jobs=2)
     assert (tmp_path / "logs" / "eval-vqa.log").exists()
+
+
+def test_a_log_keeps_what_an_earlier_attempt_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "anchor.log"
+    log.write_text("out of memory\n")
+    with pytest.raises(OSError, match="ended with code 3: no such model"):
+        demo._call_together([("anchor", "fail")], tmp_path, jobs=1)
+    with pytest.raises(OSError, match="ended with code 4: it said nothing"):
+        demo._call_together([("anchor", "silent")], tmp_path, jobs=1)
+    assert log.read_text() == "out of memory\nno such model\n"
+
+
+def test_commands_know_their_parent_and_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
+    demo._call_together([("anchor", "environment")], tmp_path, jobs=2)
+    said = (tmp_path / "logs" / "anchor.log").read_text()
+    assert said == f"{os.getpid()} {demo._threads(2)} 1\n"
 
 
 def test_progress_is_read_off_a_log_that_is_being_written(tmp_path):
@@ -288,6 +357,8 @@ def _fake_python(folder):
 case "$4" in
   sleep) exec sleep 600 ;;
   fail) echo "no such model" >&2; exit 3 ;;
+  silent) exit 4 ;;
+  environment) echo $HF_AEGIS_PARENT $OMP_NUM_THREADS $HF_AEGIS_TRACEBACK ;;
   *) while [ $(ls {folder}/logs | wc -l) -lt 2 ]; do sleep 0.05; done; echo met ;;
 esac
 """

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
-from hf_aegis.cli import COMMANDS, eval_vqa, main
+from hf_aegis.cli import COMMANDS, TRACEBACK_VARIABLE, eval_vqa, main
+from hf_aegis.cli.parent_process import PARENT_VARIABLE
 
 
 HEAVY = ("torch", "transformers", "numpy", "h5py", "datasets", "matplotlib")
@@ -47,7 +49,7 @@ print(json.dumps(loaded), file=sys.stderr)
         (("demo",), ["--output_dir", "--max_steps", "--seed", "--vqa_final_samples"]),
         (("train",), ["--anchor", "--expert", "--vqa_samples", "--preserve", "--penalty_scale", "--max_steps"]),
         (("anchor",), ["--config", "--model", "--num_samples", "--moments"]),
-        (("eval-vqa",), ["--model", "--max_samples", "--output"]),
+        (("eval-vqa",), ["--model", "--revision", "--attn_implementation", "--device", "--max_samples", "--output"]),
         (("data",), ["record-libero", "combine", "inspect"]),
         (("data", "record-libero"), ["--config", "--tasks", "--num_demonstrations", "--store_states"]),
         (("data", "combine"), ["--output", "--suite", "--overwrite"]),
@@ -75,6 +77,7 @@ def test_every_command_has_help(capsys, command, options):
         (("demo", "--max_steps", "x"), "hf-aegis demo", "--max_steps: invalid int value: 'x'"),
         (("demo", "--max_steps", "0"), "hf-aegis demo", "--max_steps must be at least 1, found 0"),
         (("eval-vqa", "--split", "all"), "hf-aegis eval-vqa", "invalid choice: 'all'"),
+        (("eval-vqa", "--device", "tpu"), "hf-aegis eval-vqa", "--device: invalid choice: 'tpu'"),
         (("eval-vqa", "--batch_size", "0"), "hf-aegis eval-vqa", "--batch_size must be at least 1"),
         (("anchor", "--steps", "3"), "hf-aegis anchor", "unrecognized arguments: --steps 3; see hf-aegis anchor"),
         (("anchor", "--config", "no.yaml"), "hf-aegis anchor", "no.yaml"),
@@ -107,6 +110,40 @@ def test_an_error_of_a_command_is_one_line(capsys, monkeypatch, error):
 
     monkeypatch.setattr(eval_vqa, "run", fail)
     assert run(capsys, "eval-vqa") == (2, "", ["hf-aegis eval-vqa: error: first line second line"])
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("1", True), ("0", False), ("", False)])
+def test_the_traceback_of_an_error_comes_before_its_line_where_it_is_asked_for(capsys, monkeypatch, asked, shown):
+    def fail(arguments):
+        raise ValueError("deep inside")
+
+    monkeypatch.setattr(eval_vqa, "run", fail)
+    monkeypatch.setenv(TRACEBACK_VARIABLE, asked)
+    _, _, lines = run(capsys, "eval-vqa")
+    assert lines[-1] == "hf-aegis eval-vqa: error: deep inside"
+    assert any("in fail" in line for line in lines) == shown == (len(lines) > 1)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"{TRACEBACK_VARIABLE}=1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's service is Linux's")
+def test_a_command_ends_with_the_one_that_started_it():
+    command = (
+        "import sys, time; from hf_aegis.cli.parent_process import end_with_parent; end_with_parent(); "
+        "print('ready', flush=True); time.sleep(60); print('alive')"
+    )
+    parent = (
+        f"import os, subprocess, sys, time; os.environ[{PARENT_VARIABLE!r}] = str(os.getpid()); "
+        f"subprocess.Popen([sys.executable, '-c', {command!r}]); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        # The pipe closes when the last process that holds it ends.
+        started = time.monotonic()
+        assert process.stdout.read() == ""
+        assert time.monotonic() - started < 30
 
 
 def test_a_defect_is_not_taken_for_an_error_of_the_input(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from hf_aegis.cli import build_parser
+from hf_aegis.cli import build_parser, demo
 from hf_aegis.cli.recipe import parse_recipe
 
 
@@ -195,3 +195,19 @@ def test_shipped_recipes_parse_and_keep_their_values(recipe):
         parsed = {name: value for instance in instances for name, value in vars(instance).items()}
     assert len(values) > 3
     assert {name: parsed[name] for name in values} == values
+
+
+def test_the_recipe_of_the_demo_is_what_the_demo_runs():
+    recipe = yaml.safe_load((RECIPES / "embedded_aegis.yaml").read_text())
+    apart = {"output_dir", "anchor", "seed", "vqa_final_samples"}
+    shared = demo.TRAINING | demo.CONDITIONS["aegis"]
+    # What the demo leaves to the defaults may be spelt out, as a default.
+    defaults = {name: default for name, default in _defaults().items() if name not in shared}
+    for name in recipe.keys() - apart:
+        assert recipe[name] == (shared | defaults)[name], name
+    assert not shared.keys() - recipe.keys()
+
+
+def _defaults():
+    command = build_parser().parse_args(["train", "--output_dir", "o", "--anchor", "a"])
+    return {name: value for instance in command.recipe for name, value in vars(instance).items()}
