@@ -18,6 +18,7 @@ from hf_aegis.gradients import GradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
     ExpertEMACallback,
+    LogAtSaves,
     MetricsCallback,
     NonFiniteGuard,
     ProjectionCallback,
@@ -45,7 +46,8 @@ class AEGISTrainer(Trainer):
     `Trainer`.
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
-    with each backward pass's figures group by group.
+    with each backward pass's figures group by group. Each checkpoint is preceded by a log, whatever `logging_steps`
+    is, so that a run resumed from it logs what an uninterrupted one does.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -123,8 +125,7 @@ class AEGISTrainer(Trainer):
             )
             self._projection = ProjectionCallback(args.output_dir)
             self.add_callback(self._projection)
-        self.non_finite_guard = NonFiniteGuard()
-        self.add_callback(self.non_finite_guard)
+        self.add_callback(NonFiniteGuard())
         self._expert = expert_parameters(self.model, args.expert_modules)
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
@@ -136,8 +137,14 @@ class AEGISTrainer(Trainer):
             self.ema = ExpertEMA(self._expert, args.expert_ema_decay)
             self.add_callback(ExpertEMACallback(self.ema))
         self.add_callback(MetricsCallback(args.output_dir))
+        self.add_callback(LogAtSaves())
         if vqa_holdout is not None:
             self.add_callback(VQACallback(vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log))
+
+    @property
+    def non_finite_guard(self) -> NonFiniteGuard:
+        """What drops and counts steps. The Trainer may replace its callbacks when it resumes."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, NonFiniteGuard))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_aegis.gradients import ProjectionReport
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
+from hf_aegis.training.resumable import ResumableCallback
 
 
 if TYPE_CHECKING:
@@ -152,7 +154,26 @@ class ExpertEMACallback(TrainerCallback):
         self.ema.update()
 
 
-class NonFiniteGuard(TrainerCallback):
+class LogAtSaves(TrainerCallback):
+    """
+    Logs whenever a checkpoint is saved. What was not logged yet, the sum of losses and the projection's figures since
+    the last logging step, is in no checkpoint; so none is saved while there is any.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Whether an evaluation was the best so far is known only after the logging.
+        may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        control.should_log = control.should_log or control.should_save or may_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)
+
+
+class NonFiniteGuard(ResumableCallback):
     """
     Drops all gradients of a step in which any is not finite, so that no NaN reaches a parameter or an optimiser's
     moments. In `fp16` it leaves them to the gradient scaler, which skips the step and has to see why.
@@ -161,8 +182,8 @@ class NonFiniteGuard(TrainerCallback):
         skipped_steps (`int`): Steps that changed nothing: those dropped here, and those that had no gradient at all.
     """
 
-    def __init__(self) -> None:
-        self.skipped_steps = 0
+    initial: ClassVar = {"skipped_steps": 0}
+    skipped_steps: int
 
     def on_pre_optimizer_step(
         self,

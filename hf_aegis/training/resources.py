@@ -1,13 +1,17 @@
 """What a training run costs: time per step and peak memory during steps."""
 
+import functools
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_aegis.training.resumable import ResumableCallback
 
 
 _STATUS = Path("/proc/self/status")
@@ -18,8 +22,18 @@ def reset_peak_memory() -> None:
     """Starts a new measurement of [`peak_memory_mb`]."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
+    elif _can_reset_resident_peak():
         _CLEAR.write_text("5")
+
+
+@functools.cache
+def _can_reset_resident_peak() -> bool:
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        # Not Linux, or a sandbox that does not let a process write there.
+        return False
+    return True
 
 
 def peak_memory_mb() -> float:
@@ -29,24 +43,26 @@ def peak_memory_mb() -> float:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if _STATUS.exists():
+    if _can_reset_resident_peak():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-class ResourceCallback(TrainerCallback):
+class ResourceCallback(ResumableCallback):
     """
-    Measures optimiser steps, without the evaluations between them.
+    Measures optimiser steps, without the evaluations between them. A resumed run goes on with its checkpoint's.
 
     Attributes:
+        seconds (`list[float]`): Time of each step, in seconds.
         peak_mb (`float`): Highest memory during a step, in MB; see [`peak_memory_mb`].
     """
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peak_mb = 0.0
-        self._start = 0.0
+    initial: ClassVar = {"seconds": [], "peak_mb": 0.0}
+    seconds: list[float]
+    peak_mb: float
+    _start = 0.0
 
     @property
     def step_ms(self) -> float:
@@ -64,7 +80,7 @@ class ResourceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(round(time.perf_counter() - self._start, 6))
         self.peak_mb = max(self.peak_mb, peak_memory_mb())
 
     @staticmethod

@@ -7,7 +7,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.callbacks import mean_summary
 from hf_aegis.training.json_lines import PROJECTION_FILE, JSONLines, finite_json
 from hf_aegis.training.resources import ResourceCallback
+from hf_aegis.training.run_lock import locked_folder
 
 
 RESULT_FILE = "result.json"
@@ -47,7 +48,8 @@ class RunArguments:
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
         vqa_samples (`int`, *optional*, defaults to `500`): Questions of the hold-out during training; 0 for none.
         vqa_seed (`int`, *optional*, defaults to `0`): Selects them.
-        vqa_final_samples (`int`, *optional*): Questions asked after training; by default the whole test split.
+        vqa_final_samples (`int`, *optional*):
+            Questions asked after training; by default the whole test split, 0 for none.
     """
 
     model: str | None = field(default=None, metadata={"help": "PaliGemma to fine-tune; default: the embedded one."})
@@ -55,9 +57,13 @@ class RunArguments:
     anchor: str | None = field(default=None, metadata={"help": "Folder or Hub id of the anchor."})
     chunk_size: int = field(default=50, metadata={"help": "Actions per chunk."})
     held_out_per_task: int = field(default=1, metadata={"help": "Demonstrations of each task kept for evaluation."})
-    short_demonstrations: str = field(default="error", metadata={"help": "'error' or 'pad'."})
+    short_demonstrations: Literal["error", "pad"] = field(
+        default="error", metadata={"help": "What those shorter than a chunk are."}
+    )
     expert: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of PaliGemmaFlowConfig, as JSON."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
+        default="float32", metadata={"help": "Dtype of the weights."}
+    )
     vqa_samples: int = field(default=500, metadata={"help": "Questions of the hold-out during training."})
     vqa_seed: int = field(default=0, metadata={"help": "Selects them."})
     vqa_final_samples: int | None = field(default=None, metadata={"help": "Questions after training; default: all."})
@@ -72,33 +78,42 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     recipe is not run again.
 
     Returns:
-        `dict`: `vqa_cross_entropy`, `vqa_accuracy` and `vqa_accuracy_by_type` on the final questions, `flow_mse` on
-        the held-out demonstrations, `step_ms`, `peak_memory_mb`, and what produced them.
+        `dict`: `vqa_cross_entropy`, `vqa_accuracy` and `vqa_accuracy_by_type` on the final questions, if there are
+        any; `flow_mse` on the held-out demonstrations; with the projection the means of its figures over training;
+        `step_ms`, `peak_memory_mb` and `skipped_steps`; and what produced them.
 
     Raises:
-        ValueError: If the folder holds a run with another recipe, or an argument does not fit.
+        ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
+            does not fit.
     """
     assert args.output_dir is not None
     folder = Path(args.output_dir)
+    with locked_folder(folder):
+        return _run_in(folder, run, args)
+
+
+def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     recipe = _resolved(run, args)
     if (finished := _finished(folder, recipe)) is not None:
         return finished
 
-    dtype = getattr(torch, run.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must name a floating-point type of torch such as 'bfloat16', found {run.dtype!r}")
+    for name in ("dtype", "short_demonstrations"):
+        choices = get_args(get_type_hints(RunArguments)[name])
+        if (value := getattr(run, name)) not in choices:
+            raise ValueError(f"{name} must be one of {choices}, found {value!r}")
     set_seed(args.seed)
     source = run.model or str(EMBEDDED_VLM)
     splits = _datasets(run)
-    model = PaliGemmaFlowForAction.from_vlm(source, dtype=dtype, chunk_size=run.chunk_size, **(run.expert or {}))
+    model = PaliGemmaFlowForAction.from_vlm(
+        source, dtype=getattr(torch, run.dtype), chunk_size=run.chunk_size, **(run.expert or {})
+    )
     processor = PaliGemmaFlowProcessor.from_vlm_processor(
         source, statistics=splits["train"].statistics, cameras=splits["train"].cameras
     )
     anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and args.preserve != "none" else None
-    holdout = None
-    if run.vqa_samples:
-        holdout = VQAHoldout(load_easy_vqa("test", run.vqa_samples, seed=run.vqa_seed), processor)
-    resources = ResourceCallback()
+    holdout = _holdout(run.vqa_samples, run.vqa_seed, processor)
+    # Before the training, lest what is wrong with it come out after hours.
+    final_holdout = _holdout(run.vqa_final_samples, run.vqa_seed, processor)
     trainer = AEGISTrainer(
         model,
         args,
@@ -107,26 +122,28 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         train_dataset=splits["train"],
         eval_dataset=splits["held_out"],
         processing_class=processor,
-        callbacks=[resources],
+        callbacks=[ResourceCallback()],
     )
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=True)
     flow = trainer.evaluate()
-    final = VQAHoldout(load_easy_vqa("test", run.vqa_final_samples, seed=run.vqa_seed), processor).evaluate(model)
+    final = _scores(final_holdout, model) if final_holdout is not None else {}
     trainer.save_model(str(folder))
+    # The Trainer may replace its callbacks when it resumes.
+    resources = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceCallback))
     result = {
-        "vqa_cross_entropy": final.cross_entropy,
-        "vqa_accuracy": final.accuracy,
-        "vqa_accuracy_by_type": {name: score.accuracy for name, score in final.by_type.items()},
+        **final,
         "flow_mse": flow["eval_loss"] / model.config.flow_loss_scale,
-        **_costs(resources),
+        "step_ms": resources.step_ms,
+        "peak_memory_mb": resources.peak_mb,
         **(_means(folder) if trainer.shield is not None else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "fingerprints": {
             "train": splits["train"].fingerprint,
             "held_out": splits["held_out"].fingerprint,
             "vqa": holdout.fingerprint if holdout is not None else None,
+            "vqa_final": final_holdout.fingerprint if final_holdout is not None else None,
+            "anchor": anchor.fingerprint.to_dict() if anchor is not None else None,
         },
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
@@ -147,9 +164,17 @@ def _datasets(run: RunArguments) -> dict[str, LiberoDataset]:
     return {"train": train, "held_out": LiberoDataset(paths, split="held_out", statistics=train.statistics, **common)}
 
 
-def _costs(resources: ResourceCallback) -> dict[str, float]:
-    """Empty where all training was done before an interruption, so that there was no step left to measure."""
-    return {"step_ms": resources.step_ms, "peak_memory_mb": resources.peak_mb} if resources.seconds else {}
+def _holdout(samples: int | None, seed: int, processor: PaliGemmaFlowProcessor) -> VQAHoldout | None:
+    return None if samples == 0 else VQAHoldout(load_easy_vqa("test", samples, seed=seed), processor)
+
+
+def _scores(holdout: VQAHoldout, model: PaliGemmaFlowForAction) -> dict[str, Any]:
+    result = holdout.evaluate(model)
+    return {
+        "vqa_cross_entropy": result.cross_entropy,
+        "vqa_accuracy": result.accuracy,
+        "vqa_accuracy_by_type": {name: score.accuracy for name, score in result.by_type.items()},
+    }
 
 
 def _means(folder: Path) -> dict[str, float]:

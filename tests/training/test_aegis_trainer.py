@@ -15,6 +15,7 @@ from hf_aegis.gradients import GradientShield
 from hf_aegis.training import AEGISTrainer, last_complete_checkpoint
 from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.resources import ResourceCallback
 
 
 def weights(model):
@@ -29,11 +30,12 @@ def differing(first, second):
 def train(make_language_model, make_anchor, make_args, token_dataset):
     """Trains a tiny language model and returns the trainer."""
 
-    def run(resume=None, callbacks=None, **changes):
+    def run(resume=None, callbacks=None, eval_dataset=None, **changes):
         model = make_language_model()
         args = make_args(**changes)
         anchor = make_anchor(model) if args.preserve != "none" else None
-        trainer = AEGISTrainer(model, args, anchor=anchor, train_dataset=token_dataset, callbacks=callbacks)
+        data = {"train_dataset": token_dataset, "eval_dataset": eval_dataset}
+        trainer = AEGISTrainer(model, args, anchor=anchor, callbacks=callbacks, **data)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -131,6 +133,62 @@ def test_resuming_equals_not_stopping(train, tmp_path, preserve):
             for folder in ("whole", "cut")
         ]
         assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_goes_on_counting(train, tmp_path, restore):
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step in (1, 4):
+                next(model.parameters()).grad.fill_(math.nan)
+
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 6,
+        "restore_callback_states_from_checkpoint": restore,
+    }
+    whole = train(callbacks=[Poison(), ResourceCallback()], **options)
+    assert whole.non_finite_guard.skipped_steps == 2
+
+    def measured(trainer):
+        return next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceCallback))
+
+    resumed = train(resume=str(tmp_path / "out" / "checkpoint-3"), callbacks=[ResourceCallback()], **options)
+    assert resumed.non_finite_guard.skipped_steps == 1
+    assert measured(resumed).seconds[:3] == measured(whole).seconds[:3]
+    assert len(measured(resumed).seconds) == 6
+    assert resumed.state.log_history[-2]["skipped_steps"] == 1
+
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    state.write_text(state.read_text().replace("NonFiniteGuard", "SomethingElse"))
+    with pytest.raises(ValueError, match="step 3 holds no state of NonFiniteGuard"):
+        train(resume=str(state.parent), **options)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_no_checkpoint_is_saved_before_its_log(train, token_dataset, tmp_path, strategy):
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.saved = []
+
+        def on_save(self, args, state, control, **kwargs):
+            logged = [r["step"] for r in JSONLines(tmp_path / "out" / "metrics.jsonl").read() if "loss" in r]
+            self.saved.append((state.global_step, logged[-1]))
+
+    watch = Watch()
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    train(
+        callbacks=[watch],
+        save_strategy=strategy,
+        save_steps=2,
+        logging_steps=50,
+        max_steps=6,
+        eval_dataset=token_dataset,
+        **(evaluation if strategy == "best" else {}),
+    )
+    assert len(watch.saved) >= 1
+    assert all(step == logged for step, logged in watch.saved)
 
 
 KILLED_RUN = """

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,9 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+import hf_aegis.training.resources as resources_module
 import hf_aegis.training.run as run_module
+from hf_aegis.cli.recipe import parse_recipe
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
@@ -20,6 +25,7 @@ from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.json_lines import JSONLines
 from hf_aegis.training.resources import ResourceCallback
 from hf_aegis.training.run import RunArguments, run_training
+from hf_aegis.training.run_lock import locked_folder
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded_aegis.yaml"
@@ -48,7 +54,7 @@ def make_run(demonstrations, anchor_folder):
 
 
 @pytest.mark.parametrize("preserve", ["none", "projection"])
-def test_a_run_and_what_it_leaves(make_run, make_args, tmp_path, preserve):
+def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, preserve):
     out = tmp_path / "out"
     run, args = make_run(), make_args(max_steps=2, preserve=preserve, save_strategy="steps", save_steps=2)
     result = run_training(run, args)
@@ -59,8 +65,11 @@ def test_a_run_and_what_it_leaves(make_run, make_args, tmp_path, preserve):
     assert result["step_ms"] > 0
     assert result["peak_memory_mb"] > 0
     assert result["skipped_steps"] == 0
-    assert set(result["fingerprints"]) == {"train", "held_out", "vqa"}
-    assert len(set(result["fingerprints"].values())) == 3
+    anchor = result["fingerprints"].pop("anchor")
+    assert (anchor is None) if preserve == "none" else (anchor == flow_anchor.fingerprint.to_dict())
+    assert set(result["fingerprints"]) == {"train", "held_out", "vqa", "vqa_final"}
+    assert len(set(result["fingerprints"].values())) == 4
+    result["fingerprints"]["anchor"] = anchor
     assert {"torch", "transformers", "hf-aegis", "python"} <= result["versions"].keys()
     assert set(result["vqa_accuracy_by_type"]) <= {"yes/no", "color", "shape"}
 
@@ -74,6 +83,13 @@ def test_a_run_and_what_it_leaves(make_run, make_args, tmp_path, preserve):
     last = [r["eval_loss"] for r in records if "eval_loss" in r][-1]
     assert result["flow_mse"] == pytest.approx(last / model.config.flow_loss_scale)
     assert {"vqa_cross_entropy", "eval_loss", "loss"} <= {key for r in records for key in r}
+
+    if preserve == "projection":
+        passes = JSONLines(out / "projection.jsonl").read()
+        assert [r["step"] for r in passes] == [1, 2]
+        for name in ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty"):
+            assert result[name] == pytest.approx(sum(r["summary"][name] for r in passes) / 2), name
+        assert result["cosine"] == pytest.approx(sum(sum(r["cosine"]) / len(r["cosine"]) for r in passes) / 2)
 
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["preserve"] == preserve if preserve != "projection" else "preserve" not in recipe
@@ -97,15 +113,18 @@ def test_a_run_and_what_it_leaves(make_run, make_args, tmp_path, preserve):
                 run_training(changed_run, dataclasses.replace(args, **changed_args))
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preserve", ["none", "projection"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, tmp_path, monkeypatch, preserve):
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
     def arguments(folder):
-        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "vqa_steps": 2, "vqa_accuracy": False}
-        return make_run(), make_args(output_dir=str(tmp_path / folder), preserve="none", **options)
+        # Unaligned: the interruption falls between two logging steps.
+        saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "logging_steps": 5}
+        watching = {"vqa_steps": 2, "vqa_accuracy": False}
+        return make_run(), make_args(output_dir=str(tmp_path / folder), preserve=preserve, **saving, **watching)
 
     def figures(result):
         return {k: v for k, v in result.items() if k not in ("step_ms", "peak_memory_mb")}
@@ -124,23 +143,29 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, 
         run_training(*arguments("cut"))
     monkeypatch.undo()
     assert not (tmp_path / "cut" / "result.json").exists()
+    assert [r["step"] for r in records("cut") if "loss" in r] == [2]
     # What a kill in the middle of saving leaves behind is passed over.
     (tmp_path / "cut" / "checkpoint-3").mkdir()
     resumed = run_training(*arguments("cut"))
     assert figures(resumed) == figures(whole)
     assert records("cut") == records("whole")
+    assert [r["step"] for r in records("whole") if "loss" in r] == [2, 4, 5]
+    if preserve == "projection":
+        passes = [JSONLines(tmp_path / folder / "projection.jsonl").read() for folder in ("cut", "whole")]
+        assert [r["step"] for r in passes[0]] == [1, 2, 3, 4, 5]
+        assert passes[0] == passes[1]
 
     # Killed between the last checkpoint and the result.
     (tmp_path / "cut" / "result.json").unlink()
     again = run_training(*arguments("cut"))
     assert figures(again) == figures(whole)
-    assert "step_ms" not in again
+    assert again == resumed
+    assert again["step_ms"] > 0
+    assert again["peak_memory_mb"] > 0
     json.loads((tmp_path / "cut" / "result.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
-    from trl import TrlParser
-
     overrides = {
         "output_dir": str(tmp_path / "out"),
         "anchor": anchor_folder,
@@ -155,8 +180,7 @@ def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
         "use_cpu": "True",
     }
     words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
-    parser = TrlParser([RunArguments, AEGISConfig])
-    run, args = parser.parse_args_and_config(["--config", str(RECIPE), *words])
+    run, args = parse_recipe([RunArguments, AEGISConfig], ["--config", str(RECIPE), *words])
     recipe = yaml.safe_load(RECIPE.read_text())
     for name in recipe.keys() - overrides.keys():
         assert getattr(run if hasattr(run, name) else args, name) == recipe[name], name
@@ -170,15 +194,23 @@ def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text(RECIPE.read_text() + "pennalty_scale: 2\n")
     with pytest.raises(ValueError, match="pennalty_scale"):
-        parser.parse_args_and_config(["--config", str(broken)])
+        parse_recipe([RunArguments, AEGISConfig], ["--config", str(broken)])
+    for words, message in (
+        (["--dtype", "float33"], "float33"),
+        (["--short_demonstrations", "drop"], "drop"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_recipe([RunArguments, AEGISConfig], ["--config", str(RECIPE), *words])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"anchor": None}, "needs an anchor"),
-        ({"dtype": "int8"}, "dtype must name a floating-point type of torch such as 'bfloat16', found 'int8'"),
-        ({"dtype": "float33"}, "dtype must name .* found 'float33'"),
+        ({"dtype": "int8"}, "dtype must be one of .*'bfloat16'.*, found 'int8'"),
+        ({"dtype": "float16"}, "not supported with float16"),
+        ({"short_demonstrations": "drop"}, "short_demonstrations must be one of .*, found 'drop'"),
+        ({"vqa_final_samples": -1}, "max_samples"),
         ({"expert": {"expert_widht": 3}}, "expert_widht"),
         ({"chunk_size": 50}, "short"),
     ],
@@ -186,6 +218,56 @@ def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
 def test_wrong_arguments_are_refused(make_run, make_args, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         run_training(make_run(**changes), make_args())
+
+
+def test_a_run_has_its_folder_to_itself(make_run, make_args, tmp_path):
+    out = tmp_path / "out"
+    run, args = make_run(vqa_samples=0, vqa_final_samples=0), make_args(max_steps=1, preserve="none")
+    with locked_folder(out), pytest.raises(ValueError, match=f"another process is running in {out}"):
+        run_training(run, args)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, time; f = open({str(out / '.lock')!r}, 'a'); "
+         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is running"):
+            run_training(run, args)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    # Nothing is left of a process that was killed. Without questions there are no answers.
+    result = run_training(run, args)
+    assert result["flow_mse"] > 0
+    assert not any(name.startswith("vqa") for name in result)
+    assert result["fingerprints"]["vqa"] is result["fingerprints"]["vqa_final"] is None
+
+
+def test_final_questions_that_cannot_be_asked_are_refused_before_the_training(make_run, make_args, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("built a trainer")
+
+    monkeypatch.setattr(run_module, "AEGISTrainer", forbidden)
+    with pytest.raises(ValueError, match="max_samples"):
+        run_training(make_run(vqa_final_samples=-1), make_args())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures resident memory")
+@pytest.mark.parametrize("exists", [True, False])
+def test_peak_memory_where_the_system_cannot_start_a_new_measurement(tmp_path, monkeypatch, exists):
+    # A folder exists, and cannot be written to, not even by root.
+    monkeypatch.setattr(resources_module, "_CLEAR", tmp_path if exists else tmp_path / "missing" / "clear_refs")
+    resources_module._can_reset_resident_peak.cache_clear()
+    try:
+        resources_module.reset_peak_memory()
+        assert resources_module.peak_memory_mb() == pytest.approx(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        )
+    finally:
+        resources_module._can_reset_resident_peak.cache_clear()
 
 
 def test_a_recipe_holds_no_secret(make_run, make_args):

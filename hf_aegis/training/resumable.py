@@ -1,0 +1,46 @@
+"""Callbacks that count over a whole run, however often it was interrupted."""
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class ResumableCallback(TrainerCallback, ExportableState):
+    """
+    Keeps some of its attributes in each checkpoint's `trainer_state.json`; a resumed run goes on from there.
+
+    The Trainer itself writes them, but would only read them by making the callback anew
+    (`restore_callback_states_from_checkpoint`), so they are read here.
+
+    Attributes:
+        initial (`dict[str, Any]`): What is kept, with the values at a run's start; set by subclasses.
+    """
+
+    initial: ClassVar[dict[str, Any]]
+
+    def __init__(self) -> None:
+        self._restore(self.initial)
+
+    def state(self) -> dict[str, Any]:
+        """In the form of [`~transformers.trainer_callback.ExportableState`]."""
+        return {"args": {}, "attributes": {name: copy.copy(getattr(self, name)) for name in self.initial}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        values = self.initial
+        if state.global_step > 0:
+            stored: Any = state.stateful_callbacks
+            if type(self).__name__ not in stored:
+                raise ValueError(
+                    f"the checkpoint of step {state.global_step} holds no state of {type(self).__name__}: it was not "
+                    "saved by a run like this one, whose figures could be continued"
+                )
+            values = stored[type(self).__name__]["attributes"]
+        self._restore(values)
+
+    def _restore(self, values: dict[str, Any]) -> None:
+        for name in self.initial:
+            setattr(self, name, copy.copy(values[name]))
