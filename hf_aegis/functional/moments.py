@@ -94,15 +94,6 @@ def masked_moments(hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, 
     return mean, variance, count
 
 
-def empty_moments(width: int, *, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Moments:
-    """Moments of no token at all: the neutral element of [`merge_moments`]."""
-    return Moments(
-        count=torch.zeros((), dtype=dtype, device=device),
-        mean=torch.zeros(width, dtype=dtype, device=device),
-        m2=torch.zeros(width, dtype=dtype, device=device),
-    )
-
-
 def merge_moments(first: Moments, second: Moments) -> Moments:
     """
     Moments of the union of two disjoint token sets (Chan, Golub & LeVeque, 1979). Stable where the mean is large
@@ -130,27 +121,3 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
         mean=first.mean + delta * share,
         m2=first.m2 + second.m2 + delta.square() * (first.count * share),
     )
-
-
-def accumulate_moments(moments: Moments, hidden: Tensor, mask: Tensor | None = None) -> Moments:
-    """
-    Adds the unmasked tokens of `hidden` to `moments`.
-
-    Args:
-        moments ([`Moments`]):
-            What was accumulated so far, e.g. [`empty_moments`]. Its dtype decides the precision of the accumulation.
-        hidden (`Tensor` of shape `(B, T, D)`):
-            Hidden states.
-        mask (`Tensor` of shape `(B, T)`, *optional*):
-            True (or non-zero) where a token counts.
-
-    Returns:
-        [`Moments`]: the updated moments.
-
-    Raises:
-        ValueError: if the shapes do not belong together.
-    """
-    mean, variance, count = masked_moments(hidden, mask)
-    dtype, device = moments.mean.dtype, moments.mean.device
-    count, mean, variance = (value.to(device, dtype) for value in (count, mean, variance))
-    return merge_moments(moments, Moments(count=count, mean=mean, m2=variance * count))

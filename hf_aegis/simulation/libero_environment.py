@@ -8,11 +8,11 @@ import numpy as np
 from hf_aegis.simulation.libero_tasks import LiberoTask, import_simulator
 
 
-CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}
+SIMULATOR_CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}
 """LIBERO's observation names and the simulator's cameras behind them."""
 
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0
-ACTION_DIM = 7
+ACTION_DIMENSION = 7
 SETTLING_STEPS = 10
 """Objects start about 7 cm above their support; LIBERO's evaluation lets them fall for this many idle steps."""
 
@@ -103,7 +103,7 @@ class LiberoEnvironment:
                 "robots": ["Panda"],
                 "controller": "OSC_POSE",
                 "control_freq": 20,
-                "camera_names": list(CAMERAS.values()),
+                "camera_names": list(SIMULATOR_CAMERAS.values()),
                 "camera_heights": self.image_size,
                 "camera_widths": self.image_size,
                 "hard_reset": False,
@@ -187,8 +187,8 @@ class LiberoEnvironment:
             `bool`: Whether the task's goal now holds.
         """
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"An action is {ACTION_DIM} finite numbers, got {action!r}.")
+        if action.shape != (ACTION_DIMENSION,) or not np.isfinite(action).all():
+            raise ValueError(f"An action is {ACTION_DIMENSION} finite numbers, got {action!r}.")
         self._libero.step(action)
         return self.check_success()
 
@@ -219,7 +219,7 @@ class LiberoEnvironment:
 
     def images(self) -> dict[str, np.ndarray]:
         """Both cameras' pictures, `agentview_rgb` and `eye_in_hand_rgb`: upright `(h, w, 3)` uint8."""
-        return {name: self.render(camera) for name, camera in CAMERAS.items()}
+        return {name: self.render(camera) for name, camera in SIMULATOR_CAMERAS.items()}
 
     def render(self, camera: str) -> np.ndarray:
         """One simulator camera's picture, upright `(image_size, image_size, 3)` uint8."""
@@ -257,14 +257,6 @@ class LiberoEnvironment:
     def objects(self) -> list[str]:
         """Names of the problem file's objects and fixtures, e.g. `milk_1`."""
         return list(self._libero.env.obj_body_id)
-
-    def position(self, name: str) -> np.ndarray:
-        """World position `(3,)` in m of an object or fixture of the problem file, e.g. `milk_1`."""
-        return np.array(self._libero.sim.data.body_xpos[self._body(name)])
-
-    def rotation(self, name: str) -> np.ndarray:
-        """World rotation matrix `(3, 3)` of an object or fixture of the problem file."""
-        return np.array(self._libero.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
 
     def bounds(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest world coordinates `((3,), (3,))` in m of an object's collision shapes."""

@@ -301,9 +301,7 @@ def test_scores_on_other_questions_are_not_compared(commands, no_figures, tmp_pa
     result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "a"}}))
     assert run(tmp_path) == 0
     result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "b"}}))
-    with pytest.raises(
-        ValueError, match=r"aegis/result\.json: key 'fingerprints\.vqa_final' is b, but .* is a: other"
-    ):
+    with pytest.raises(ValueError, match=r"aegis/result\.json: key 'fingerprints\.vqa_final' is b, but .* is a:"):
         run(tmp_path)
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_aegis.functional.moments import Moments, accumulate_moments, empty_moments, masked_moments, merge_moments
+from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
 
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6))
@@ -14,6 +14,15 @@ def oracle(tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Moments of `(N, D)` tokens by NumPy, in float64."""
     array = tokens.double().numpy()
     return array.mean(axis=0), array.var(axis=0)
+
+
+def no_tokens(width: int) -> Moments:
+    return Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), (width,), (width,))))
+
+
+def moments_of(hidden: torch.Tensor) -> Moments:
+    mean, variance, count = masked_moments(hidden)
+    return Moments(count.double(), mean.double(), variance.double() * count.double())
 
 
 def test_hand_computed_case():
@@ -108,12 +117,11 @@ def test_merging_parts_equals_the_whole_in_any_grouping(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(1, size, 3, generator=generator, dtype=torch.float64) * 2 - 7 for size in sizes]
     whole = torch.cat(parts, dim=1)
-    left = empty_moments(3)
+    left = right = no_tokens(3)
     for part in parts:
-        left = accumulate_moments(left, part)
-    right = empty_moments(3)
+        left = merge_moments(left, moments_of(part))
     for part in reversed(parts):
-        right = merge_moments(accumulate_moments(empty_moments(3), part), right)
+        right = merge_moments(moments_of(part), right)
     mean, variance, count = masked_moments(whole)
     for merged in (left, right):
         torch.testing.assert_close(merged.count, count)
@@ -122,8 +130,8 @@ def test_merging_parts_equals_the_whole_in_any_grouping(sizes, seed):
 
 
 def test_the_empty_set_is_neutral():
-    moments = accumulate_moments(empty_moments(4), torch.randn(2, 5, 4))
-    for merged in (merge_moments(moments, empty_moments(4)), merge_moments(empty_moments(4), moments)):
+    moments = moments_of(torch.randn(2, 5, 4))
+    for merged in (merge_moments(moments, no_tokens(4)), merge_moments(no_tokens(4), moments)):
         for found, expected in zip(merged, moments, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
 
@@ -131,9 +139,9 @@ def test_the_empty_set_is_neutral():
 def test_a_million_tokens_far_from_zero():
     generator = torch.Generator().manual_seed(0)
     chunks = [torch.randn(10, 1000, 4, generator=generator) * 0.5 + 2000 for _ in range(100)]
-    moments = empty_moments(4)
+    moments = no_tokens(4)
     for chunk in chunks:
-        moments = accumulate_moments(moments, chunk)
+        moments = merge_moments(moments, moments_of(chunk))
     expected_mean, expected_variance = oracle(torch.cat(chunks).flatten(0, 1))
     assert moments.count.item() == 1_000_000
     np.testing.assert_allclose(moments.mean.numpy(), expected_mean, rtol=1e-7)
@@ -141,7 +149,7 @@ def test_a_million_tokens_far_from_zero():
 
 
 def test_stacked_layers_merge_like_single_layers():
-    first, second = ([accumulate_moments(empty_moments(3), torch.randn(1, n, 3)) for _ in range(2)] for n in (4, 9))
+    first, second = ([moments_of(torch.randn(1, n, 3)) for _ in range(2)] for n in (4, 9))
 
     def stack(layers):
         return Moments(*(torch.stack([getattr(layer, field) for layer in layers]) for field in Moments._fields))
@@ -156,4 +164,4 @@ def test_stacked_layers_merge_like_single_layers():
 
 def test_different_widths_do_not_merge():
     with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
-        merge_moments(empty_moments(3), empty_moments(4))
+        merge_moments(no_tokens(3), no_tokens(4))

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from hf_aegis.simulation.grasp_planning import PickAndPlace
+from hf_aegis.simulation.libero_environment import LiberoEnvironment
+from hf_aegis.simulation.libero_tasks import find_task
 from hf_aegis.simulation.scripted_expert import ScriptedExpert, hand_down, rotation_vector, steer, waypoints
 
 
@@ -118,3 +120,34 @@ def test_other_goals_are_refused():
     world.task = type("Task", (), {"name": "open_the_top_drawer"})
     with pytest.raises(ValueError, match="open_the_top_drawer asks for"):
         ScriptedExpert(world)
+
+
+TASKS = [(suite, index) for suite in ("libero_object", "libero_spatial") for index in range(10)]
+
+
+@pytest.mark.slow
+@pytest.mark.simulator
+@pytest.mark.parametrize(("suite", "index"), TASKS, ids=lambda value: str(value))
+def test_the_expert_solves_every_task_from_a_fixed_start(suite, index):
+    pytest.importorskip("libero")
+    from hf_aegis.data.libero_recorder import MAX_EPISODE_STEPS
+
+    with LiberoEnvironment(find_task(suite, index)) as environment:
+        environment.reset(init_state=0)
+        assert not environment.check_success()
+        expert = ScriptedExpert(environment)
+        for _ in range(MAX_EPISODE_STEPS + 1):
+            if (action := expert.act()) is None:
+                break
+            environment.step(action)
+        assert expert.finished, f"still at {expert.phase} after {MAX_EPISODE_STEPS} steps"
+        assert environment.check_success()
+
+
+@pytest.mark.simulator
+def test_the_tasks_with_a_flat_box_and_a_drawer_are_among_those():
+    pytest.importorskip("libero")
+    names = [find_task(suite, index).name for suite, index in TASKS]
+    assert len(set(names)) == 20
+    assert "pick_up_the_cream_cheese_and_place_it_in_the_basket" in names
+    assert any("in_the_top_drawer_of_the_wooden_cabinet" in name for name in names)
