@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PI0ForConditionalGeneration, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import unwrap_model
@@ -259,7 +259,8 @@ class AEGISTrainer(Trainer):
 def _refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     if args.preserve == "none":
         return
-    stepping_inside = any(name in str(args.optim) for name in ("lomo", "layerwise"))
+    optimizer = OptimizerNames(args.optim).value
+    stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
     narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
     reasons = {
         "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
@@ -268,7 +269,7 @@ def _refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
         "DeepSpeed": args.deepspeed is not None,
         "FSDP": bool(args.fsdp),
         "torch.compile": args.torch_compile,
-        f"the optimiser {args.optim}, which steps inside the backward pass": stepping_inside,
+        f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
         "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
     }
     for reason, applies in reasons.items():

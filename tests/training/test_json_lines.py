@@ -1,9 +1,16 @@
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
 from hf_aegis.training.json_lines import JSONLines
+
+
+def test_reading_records_needs_no_trainer():
+    code = "import sys, hf_aegis.training.json_lines; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
