@@ -8,7 +8,8 @@ of the task loss is about to enter a layer, the layer's share of the reference d
 - `"streaming"`: the reference cotangent that came down from the layer above, plus this layer's own closed-form penalty
   gradient, goes through this layer's part of the graph only. Then autograd continues with the task cotangent through
   the same part, the layer's parameters are projected, and both graph and reference are dropped. One layer's
-  reference gradients exist at a time; under gradient checkpointing one recomputation serves both products.
+  reference gradients exist at a time, except with `granularity="global"`, whose one projection at the end needs all.
+  Under gradient checkpointing one recomputation serves both products.
 - `"two_pass"`: the readable reference. The whole penalty is differentiated by autograd, before the task gradient
   enters the uppermost layer; all reference gradients exist at once.
 
@@ -75,7 +76,7 @@ class GradientShield:
         dual_backward (`"streaming"` or `"two_pass"`, *optional*, defaults to `"streaming"`):
             How the reference direction is computed; the results agree to rounding.
         granularity (`"layer"`, `"global"` or `"tensor"`, *optional*, defaults to `"layer"`):
-            What is projected as one vector.
+            What is projected as one vector. `"global"` keeps all reference gradients to the end of the backward pass.
         penalty_scale (`float`, *optional*, defaults to `1.0`):
             Weight λ of the transport penalty.
         projection_eps (`float`, *optional*, defaults to `1e-12`):

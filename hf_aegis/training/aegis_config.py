@@ -26,7 +26,8 @@ class AEGISConfig(TrainingArguments):
             `"streaming"` sends task and anchor cotangent through each layer together; `"two_pass"` runs two full
             backward passes. The gradients agree to rounding; streaming needs less time and memory.
         granularity (`str`, *optional*, defaults to `"layer"`):
-            What is projected as one vector: `"layer"`, `"global"` or `"tensor"`.
+            What is projected as one vector: `"layer"`, `"global"` or `"tensor"`. `"global"` keeps the reference
+            gradients of all layers to the end of each backward pass: as much memory as the gradients themselves.
         penalty_scale (`float`, *optional*, defaults to `1.0`):
             Weight \\(\lambda\\) of the transport penalty.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
