@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 from transformers import (
@@ -40,6 +39,7 @@ from transformers import (
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip import SiglipImageProcessorPil
 
+from hf_aegis.cli.recipe import check_values, option_types, read_recipe
 from hf_aegis.data.vqa import VQA_PROMPT, VQACollator, VQASample, load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 
@@ -50,6 +50,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 WORKERS = 2
 STAGES = ("vision", "language")
+MODEL_CARD = Path(__file__).parents[1] / "model_cards" / "paligemma2-easy-vqa.md"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
 
@@ -79,9 +80,24 @@ class PretrainConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "PretrainConfig":
-        raw = yaml.safe_load(Path(path).read_text())
-        stages = {name: StageConfig(**raw.pop(name)) for name in STAGES}
-        return cls(**raw, **stages)
+        """
+        Raises:
+            ValueError: If a key is unknown, missing or has the wrong type; file and key are named.
+        """
+        path = Path(path)
+        raw = read_recipe(path, option_types([cls]) | dict.fromkeys(STAGES, dict[str, Any]))
+        _require(cls, raw, str(path))
+        for name in STAGES:
+            where = f"{path}: {name}"
+            _require(StageConfig, check_values(raw[name], option_types([StageConfig]), where), where)
+            raw[name] = StageConfig(**raw[name])
+        return cls(**raw)
+
+
+def _require(dataclass_type: type, values: dict[str, Any], where: str) -> None:
+    required = [field.name for field in dataclasses.fields(dataclass_type) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{where}: missing keys {missing}")
 
 
 def build_processor(config: PretrainConfig, samples: list[VQASample]) -> PaliGemmaProcessor:
@@ -429,7 +445,7 @@ def model_card(evaluation: dict[str, Any]) -> str:
         f"| {name} | {row['count']:,} | {100 * row['accuracy']:.1f} % | {row['cross_entropy']:.4f} |"
         for name, row in rows.items()
     )
-    template = Path(__file__).with_suffix(".md").read_text()
+    template = MODEL_CARD.read_text()
     return template.format(table=table, **evaluation, **evaluation["config"])
 
 

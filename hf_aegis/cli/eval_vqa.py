@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates the model, prints a table and the scores as JSON."""
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import hf_aegis.models  # noqa: F401 (registers the models with an action expert)
@@ -53,12 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist.")
     device = resolve_device(arguments.device)
-    model = AutoModelForImageTextToText.from_pretrained(
+    model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         arguments.model,
         revision=arguments.revision,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
-    ).to(device)
+    )
+    model.to(device)
     processor = AutoProcessor.from_pretrained(arguments.model, revision=arguments.revision)
     holdout = VQAHoldout(samples, processor, batch_size=arguments.batch_size)
     scores = {

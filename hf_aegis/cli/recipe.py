@@ -85,13 +85,28 @@ def read_recipe(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
+    return check_values(values, hints, str(path))
+
+
+def check_values(values: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """
+    The values of a recipe, or of a part of one, after their keys and types are checked.
+
+    Args:
+        values (`Any`): What was read.
+        hints (`Mapping[str, Any]`): Type annotations by key.
+        where (`str`): File, and part of it, for messages.
+
+    Raises:
+        ValueError: If this is no mapping, or a key is unknown or has the wrong type; place and key are named.
+    """
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of options, found {type(values).__name__}")
+        raise ValueError(f"{where}: expected a mapping of options, found {type(values).__name__}")
     if unknown := sorted(map(str, set(values) - set(hints))):
-        raise ValueError(f"{path}: unknown keys {unknown}, expected some of {sorted(hints)}")
+        raise ValueError(f"{where}: unknown keys {unknown}, expected some of {sorted(hints)}")
     for name, value in values.items():
         if not _matches(value, hints[name]):
-            raise ValueError(f"{path}: key {name!r} is {value!r}, expected {_describe(hints[name])}")
+            raise ValueError(f"{where}: key {name!r} is {value!r}, expected {_describe(hints[name])}")
     return values
 
 

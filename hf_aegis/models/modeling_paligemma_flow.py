@@ -375,7 +375,7 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         """Cameras `(B, n, 3, h, w)` or `(B·n, 3, h, w)` along the batch dimension, checked before SigLIP sees them."""
         if pixel_values is None:
             return None
-        vision = self.config.vision_config
+        vision: Any = self.config.vision_config
         channels, size = getattr(vision, "num_channels", 3), vision.image_size
         expected = (channels, size, size)
         shape = tuple(pixel_values.shape)

@@ -33,10 +33,29 @@ def test_a_checkpoint_of_another_recipe_is_refused(recipe, config):
         recipe.train(dataclasses.replace(config, seed=1))
 
 
-def test_an_unknown_option_is_refused(recipe, tiny_recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw | {"sede": 1}, r"recipe\.yaml: unknown keys \['sede'\]"),
+        (lambda raw: raw | {"seed": "one"}, r"recipe\.yaml: key 'seed' is 'one', expected int"),
+        (lambda raw: raw | {"vision": [1]}, r"recipe\.yaml: key 'vision' is \[1\], expected dict"),
+        (lambda raw: {key: raw[key] for key in raw if key != "seed"}, r"recipe\.yaml: missing keys \['seed'\]"),
+        (
+            lambda raw: raw | {"vision": raw["vision"] | {"step": 1}},
+            r"recipe\.yaml: vision: unknown keys \['step'\]",
+        ),
+        (
+            lambda raw: raw | {"language": raw["language"] | {"steps": 1.5}},
+            r"recipe\.yaml: language: key 'steps' is 1\.5, expected int",
+        ),
+        (lambda raw: raw | {"language": {"steps": 1}}, r"recipe\.yaml: language: missing keys \['batch_size', "),
+    ],
+    ids=["unknown", "type", "stage", "missing", "unknown in stage", "type in stage", "missing in stage"],
+)
+def test_a_wrong_option_is_refused_by_file_and_key(recipe, tiny_recipe, tmp_path, change, message):
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(json.loads(tiny_recipe.read_text()) | {"sede": 1}))
-    with pytest.raises(TypeError, match="sede"):
+    path.write_text(json.dumps(change(json.loads(tiny_recipe.read_text()))))
+    with pytest.raises(ValueError, match=message):
         recipe.PretrainConfig.from_yaml(path)
 
 

@@ -98,8 +98,9 @@ def test_the_weights_are_stored_in_bfloat16_and_nothing_is_missing():
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_the_card_quotes_the_evaluation(evaluation):
+def test_the_card_quotes_the_evaluation(recipe, evaluation):
     card = (EMBEDDED_VLM / "README.md").read_text()
+    assert card == recipe.model_card(evaluation)
     for name, row in {**evaluation["by_type"], "all": evaluation}.items():
         accuracy, cross_entropy = f"{100 * row['accuracy']:.1f} %", f"{row['cross_entropy']:.4f}"
         assert f"| {name} | {row['count']:,} | {accuracy} | {cross_entropy} |" in card
