@@ -85,6 +85,7 @@ DECODERS = {
     "gemma2": "model.",
     "paligemma2": "model.language_model.",
     "pi0": "model.vlm.language_model.",
+    "embedded": "model.language_model.",
 }
 
 
@@ -127,7 +128,7 @@ class Case:
     def loss(self, batch=None):
         """Cross-entropy plus a term that pushes the last hidden state away from the anchor's mean."""
         batch = self.batch if batch is None else batch
-        if self.kind == "pi0":
+        if self.kind in ("pi0", "embedded"):
             return self.model(**batch).loss.mean()
         output = self.model(**batch, output_hidden_states=True)
         away = self.anchor.mean[-1].to(output.hidden_states[-1].dtype)
@@ -222,6 +223,49 @@ def make_case():
         if checkpointing:
             model.activation_checkpointing_enable()
         return Case(kind, model, _batch(kind, dtype), anchor, push)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_embedded_case():
+    """The shipped PaliGemma 2 with a small action expert, on shipped demonstrations, with an anchor of easy-VQA."""
+    from transformers import AutoProcessor
+
+    from hf_aegis.assets import DEMONSTRATIONS, EMBEDDED_VLM
+    from hf_aegis.data import LiberoDataset, VQACollator, load_easy_vqa
+    from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+
+    dataset = LiberoDataset(DEMONSTRATIONS, chunk_size=8)
+    instructions = {}
+    for index in range(0, len(dataset), 10):
+        instructions.setdefault(dataset[index]["instruction"], dataset[index])
+    # The longest and the shortest instruction, so that there is padding.
+    rows = sorted(instructions.values(), key=lambda row: len(row["instruction"]))[:: max(1, len(instructions) - 1)]
+    processor = PaliGemmaFlowProcessor.from_vlm_processor(
+        EMBEDDED_VLM, statistics=dataset.statistics, cameras=dataset.cameras
+    )
+    batch = dict(PaliGemmaFlowCollator(processor)(rows))
+    generator = torch.Generator().manual_seed(0)
+    batch["noise"] = torch.randn(batch["actions"].shape, generator=generator)
+    batch["timestep"] = torch.tensor([0.3, 0.8])
+    questions = VQACollator(AutoProcessor.from_pretrained(EMBEDDED_VLM))(load_easy_vqa("test", 16, seed=0))
+
+    def make(dtype):
+        torch.manual_seed(0)
+        model = PaliGemmaFlowForAction.from_vlm(
+            EMBEDDED_VLM,
+            chunk_size=8,
+            expert_hidden_size=32,
+            expert_num_layers=2,
+            expert_num_heads=2,
+            expert_intermediate_size=48,
+        )
+        model.freeze_vision_tower()
+        anchor = ActivationAnchor.collect(model, [questions], progress=False)
+        model = model.to(dtype).train()
+        floating = {"pixel_values", "state", "actions", "noise", "timestep"}
+        return Case("embedded", model, {k: v.to(dtype) if k in floating else v for k, v in batch.items()}, anchor)
 
     return make
 
