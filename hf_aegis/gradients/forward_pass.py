@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
+from hf_aegis.gradients.graph import LayerLeakError
 from hf_aegis.gradients.reference import LayerPenalty
 
 
@@ -30,6 +31,23 @@ class LayerRecord:
     version: int
     penalty: LayerPenalty
     done: bool = False
+
+    def take_hidden(self, index: int) -> Tensor:
+        """
+        The output that the penalty of this layer, number `index`, is differentiated at; the record lets go of it.
+
+        Raises:
+            LayerLeakError: If the output was changed in place since.
+        """
+        self.done = True
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        if hidden._version != self.version:
+            raise LayerLeakError(
+                f"the output of decoder layer {index} was changed in place after the layer; "
+                "its statistics no longer describe it"
+            )
+        return hidden
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -61,6 +61,18 @@ class SharedRecompute:
 
     def __init__(self, keep: Callable[[], bool]) -> None:
         self.keep = keep
+        self._replaced: list[tuple[nn.Module, Any]] = []
+
+    def take_over(self, layer: nn.Module) -> None:
+        """Takes the place of a checkpointed layer's own function."""
+        self._replaced.append((layer, layer._gradient_checkpointing_func))
+        layer._gradient_checkpointing_func = self  # type: ignore[assignment]
+
+    def give_back(self) -> None:
+        """Gives all layers their own functions back."""
+        for layer, function in self._replaced:
+            layer._gradient_checkpointing_func = function
+        self._replaced.clear()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs `function(*arguments)` without keeping what its backward pass needs."""

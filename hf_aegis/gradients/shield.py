@@ -19,7 +19,7 @@ Task gradients always travel through autograd's own graph, so none can be lost, 
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -31,10 +31,11 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
+from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord
-from hf_aegis.gradients.graph import GraphSegment, LayerLeakError, LostGradientError, walk_segment
-from hf_aegis.gradients.groups import LAYER_PREFIX, ParameterGroups
+from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
+from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, OneSidedGramSchmidt
 from hf_aegis.gradients.recompute import SharedRecompute
 from hf_aegis.gradients.reference import TransportPenalty
@@ -144,7 +145,6 @@ class GradientShield:
         self._backward_passes = 0
         self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
-        self._checkpoint_functions: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._phase = phase = _Phase()
         # Graphs own what this closes over, and must not own the shield.
         self._recompute = SharedRecompute(keep=lambda: phase.is_reference)
@@ -169,7 +169,7 @@ class GradientShield:
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_hook(partial(self._on_layer_output, index)))
             if getattr(layer, "gradient_checkpointing", False):
-                self._replace_checkpointing(index, layer)
+                self._take_over_checkpointing(index, layer)
         for name, parameter in groups.parameters.items():
             self._handles.append(parameter.register_hook(partial(self._on_gradient, name)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._on_accumulated, name)))
@@ -187,10 +187,8 @@ class GradientShield:
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for layer, function in self._checkpoint_functions:
-            layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+        self._recompute.give_back()
         self._handles.clear()
-        self._checkpoint_functions.clear()
         self._passes.clear()
         self._outputs.clear()
         self._projector = None
@@ -219,7 +217,11 @@ class GradientShield:
         assert self._groups is not None
         edge = get_gradient_edge(hidden)
         segment = walk_segment(edge, self._outputs, self._groups.names)
-        self._check_segment(forward, index, segment)
+        sources = [self._outputs[node] for node in segment.boundaries]
+        check_sources(forward, index, sources)
+        if self.dual_backward == "streaming":
+            check_chain(forward, index, [source for _, source in sources])
+            check_parameters(forward, index, segment.parameters, self._groups)
         self._groups.note_reached(segment.parameters)
         detached = hidden.detach()
         mask = self._token_mask.current()
@@ -238,32 +240,6 @@ class GradientShield:
             self._projector = None
             self._forget([forward for forward in self._passes if forward.entered])
         self._passes.append(ForwardPass())
-
-    def _check_segment(self, forward: ForwardPass, index: int, segment: GraphSegment) -> None:
-        assert self._groups is not None
-        sources = [self._outputs[node] for node in segment.boundaries]
-        if any(source is not forward for source, _ in sources):
-            raise LayerLeakError(
-                f"decoder layer {index} reads what an earlier run of the decoder layers returned; a layer that runs "
-                "twice in one forward pass has no single anchor"
-            )
-        if self.dual_backward == "two_pass":
-            return
-        lower = forward.below(index)
-        foreign = sorted(other for _, other in sources if other != lower)
-        if foreign:
-            raise LayerLeakError(
-                f'decoder layer {index} reads the output of layers {foreign} directly; use dual_backward="two_pass"'
-            )
-        if lower is None:
-            return  # the lowest layer's segment runs on into embeddings and projector
-        own = f"{LAYER_PREFIX}{index}"
-        leaks = [name for name in segment.parameters if self._groups.group_of(name) != own]
-        if leaks:
-            raise LayerLeakError(
-                f"decoder layer {index} depends on {leaks[0]} by another way than the output of layer {lower} "
-                f'({len(leaks)} such parameters); use dual_backward="two_pass"'
-            )
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +271,7 @@ class GradientShield:
 
     def _differentiate_layer(self, forward: ForwardPass, index: int) -> None:
         record = forward.layers[index]
-        hidden = _take_hidden(record, index)
+        hidden = record.take_hidden(index)
         cotangent = record.penalty.cotangent(hidden)
         from_above = forward.cotangents.pop(index, None)
         if from_above is not None:
@@ -322,7 +298,7 @@ class GradientShield:
         with torch.enable_grad():
             for index, record in forward.layers.items():
                 parameters.update(record.parameters)
-                hidden = _take_hidden(record, index)
+                hidden = record.take_hidden(index)
                 penalties.append(self._penalty.differentiable(index, hidden, record.penalty.mask))
         gradients = torch.autograd.grad(
             penalties,
@@ -406,29 +382,15 @@ class GradientShield:
                 "is not supported"
             )
 
-    def _replace_checkpointing(self, index: int, layer: nn.Module) -> None:
+    def _take_over_checkpointing(self, index: int, layer: nn.Module) -> None:
         function: Any = layer._gradient_checkpointing_func
         if self.dual_backward == "streaming":
-            self._checkpoint_functions.append((layer, function))
-            layer._gradient_checkpointing_func = self._recompute  # type: ignore[assignment]
+            self._recompute.take_over(layer)
         elif getattr(function, "keywords", {}).get("use_reentrant", False):
             raise ValueError(
                 f"decoder layer {index} is checkpointed with use_reentrant=True and cannot be differentiated twice; "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-
-
-def _take_hidden(record: LayerRecord, index: int) -> Tensor:
-    """The output that a layer's penalty is differentiated at; the record lets go of it."""
-    record.done = True
-    hidden, record.hidden = record.hidden, None
-    assert hidden is not None
-    if hidden._version != record.version:
-        raise LayerLeakError(
-            f"the output of decoder layer {index} was changed in place after the layer; "
-            "its statistics no longer describe it"
-        )
-    return hidden
 
 
 class _Phase:
