@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PI0ForConditionalGeneration, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import unwrap_model
@@ -27,6 +26,7 @@ from hf_aegis.training.callbacks import (
 from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
 
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class AEGISTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse_unsupported(model, args)
-        _refuse_cut_gradient(model, args)
+        refuse_unsupported(model, args)
+        refuse_cut_gradient(model, args)
         if args.preserve != "none" and anchor is None:
             raise ValueError(f'preserve={args.preserve!r} needs an anchor; pass one, or preserve="none"')
         expert_modules(model, args.expert_modules)
@@ -254,39 +254,6 @@ class AEGISTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None and os.path.isdir(checkpoint):
             self.ema.load(checkpoint)
-
-
-def _refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
-    if args.preserve == "none":
-        return
-    optimizer = OptimizerNames(args.optim).value
-    stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
-    narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
-    reasons = {
-        "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
-        "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
-        == ParallelMode.NOT_DISTRIBUTED,
-        "DeepSpeed": args.deepspeed is not None,
-        "FSDP": bool(args.fsdp),
-        "torch.compile": args.torch_compile,
-        f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
-        "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(f"preserve={args.preserve!r} is not supported with {reason}")
-
-
-def _refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
-    base = unwrap_model(model)
-    if not isinstance(base, PI0ForConditionalGeneration):
-        return
-    if args.activation_checkpointing or args.gradient_checkpointing or base.is_activation_checkpointing:
-        raise ValueError(
-            f"activation_checkpointing is not supported for {type(base).__name__}: checkpointed layers do not write "
-            "the cache through which its action expert reads the vision-language model, to which no gradient would "
-            "come back"
-        )
 
 
 def _freeze(model: nn.Module, names: list[str] | None) -> None:

@@ -1,0 +1,50 @@
+"""Ways of training in which the projection, or the training itself, would silently not be right."""
+
+import torch
+from torch import nn
+from transformers import PI0ForConditionalGeneration
+from transformers.training_args import OptimizerNames, ParallelMode
+
+from hf_aegis.anchors.decoder_layers import unwrap_model
+from hf_aegis.training.aegis_config import AEGISConfig
+
+
+def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
+    """
+    Raises:
+        ValueError: If the projection would not be right, with the way of training that is asked for.
+    """
+    if args.preserve == "none":
+        return
+    optimizer = OptimizerNames(args.optim).value
+    stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
+    narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
+    reasons = {
+        "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
+        "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
+        == ParallelMode.NOT_DISTRIBUTED,
+        "DeepSpeed": args.deepspeed is not None,
+        "FSDP": bool(args.fsdp),
+        "torch.compile": args.torch_compile,
+        f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
+        "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"preserve={args.preserve!r} is not supported with {reason}")
+
+
+def refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
+    """
+    Raises:
+        ValueError: If the model is a π0 whose vision-language model would get no gradient.
+    """
+    base = unwrap_model(model)
+    if not isinstance(base, PI0ForConditionalGeneration):
+        return
+    if args.activation_checkpointing or args.gradient_checkpointing or base.is_activation_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing is not supported for {type(base).__name__}: checkpointed layers do not write "
+            "the cache through which its action expert reads the vision-language model, to which no gradient would "
+            "come back"
+        )
