@@ -55,11 +55,15 @@ def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2For
     return model, {"input_ids": inputs, "attention_mask": torch.ones(shape), "labels": inputs}, anchor
 
 
-def step(model: Gemma2ForCausalLM, batch: dict, shield: GradientShield | None) -> None:
-    """One forward and backward pass; gradients are dropped afterwards, as an optimiser would."""
+def step(
+    model: Gemma2ForCausalLM, batch: dict, shield: GradientShield | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """One training step: forward and backward pass, clipping, AdamW."""
     with shield if shield is not None else nullcontext():
         model(**batch).loss.backward()
-    model.zero_grad(set_to_none=True)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def shields(model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> dict[str, GradientShield | None]:
@@ -71,14 +75,15 @@ def time_variants(arguments: argparse.Namespace, checkpointing: bool) -> dict[st
     """Median milliseconds of wall-clock time, and the median of the paired ratios of processor time to naive's."""
     model, batch, anchor = build(arguments, checkpointing)
     variants = shields(model, anchor)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for shield in variants.values():
-        step(model, batch, shield)
+        step(model, batch, shield, optimizer)
     wall: dict[str, list[float]] = {name: [] for name in variants}
     processor: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.repeats):
         for name, shield in variants.items():
             start = time.perf_counter(), time.process_time()
-            step(model, batch, shield)
+            step(model, batch, shield, optimizer)
             wall[name].append(time.perf_counter() - start[0])
             processor[name].append(time.process_time() - start[1])
     return {
@@ -99,10 +104,12 @@ def resident_mb() -> float:
 def peak_memory(
     arguments: argparse.Namespace, checkpointing: bool, name: str, result: "multiprocessing.Queue"
 ) -> None:
-    """Puts the rise of resident memory during steps, over the model at rest, into `result`."""
+    """Puts the rise of resident memory during steps, over model and optimiser at rest, into `result`."""
     torch.set_num_threads(1)
     model, batch, anchor = build(arguments, checkpointing)
     shield = shields(model, anchor)[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    step(model, batch, shield, optimizer)
     rest = resident_mb()
     peak = rest
     done = threading.Event()
@@ -116,7 +123,7 @@ def peak_memory(
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(2):
-        step(model, batch, shield)
+        step(model, batch, shield, optimizer)
     done.set()
     watcher.join()
     result.put(peak - rest)
