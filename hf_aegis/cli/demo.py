@@ -195,8 +195,7 @@ def _vqa(scores: dict[str, Any]) -> dict[str, Any]:
 
 def _report(folder: Path) -> None:
     from hf_aegis.reports.training_curves import plot_flow, plot_projection, plot_vqa
-    from hf_aegis.training.callbacks import METRICS_FILE, PROJECTION_FILE
-    from hf_aegis.training.json_lines import JSONLines
+    from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
 
     runs = {name: JSONLines(folder / name / METRICS_FILE).read() for name in CONDITIONS}
     lines = (json.dumps({"condition": name, **record}) for name, records in runs.items() for record in records)
