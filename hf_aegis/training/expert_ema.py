@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_aegis.atomic_files import replacing
+
 
 EMA_FILE = "expert_ema.safetensors"
 
@@ -65,11 +67,9 @@ class ExpertEMA:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `expert_ema.safetensors` into `folder`, atomically."""
-        target = Path(folder) / EMA_FILE
-        staged = target.with_suffix(".partial")
         tensors: dict[str, Tensor] = {name: a.contiguous() for name, a in self.average.items()}
-        save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step)})
-        os.replace(staged, target)
+        with replacing(Path(folder) / EMA_FILE) as staged:
+            save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step)})
 
     def load(self, folder: str | os.PathLike) -> None:
         """

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_aegis.atomic_files import write_text
+
 
 METRICS_FILE = "metrics.jsonl"
 """What a training run logs."""
@@ -40,9 +42,7 @@ class JSONLines:
         """Drops the records of later steps than `step`, which a resumed run will write again; all of them for zero."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if step == 0 or not self.path.exists() else [r for r in self.read() if r["step"] <= step]
-        staged = self.path.with_suffix(".partial")
-        staged.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(staged, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes records at the end, in the place of a line that a killed process left half-written."""

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import set_seed
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.assets import DEMONSTRATIONS, EMBEDDED_VLM
+from hf_aegis.atomic_files import write_text
 from hf_aegis.data import LiberoDataset
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
@@ -124,7 +124,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         processing_class=processor,
         callbacks=[ResourceCallback()],
     )
-    _write(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=True)
     flow = trainer.evaluate()
     final = _scores(final_holdout, model) if final_holdout is not None else {}
@@ -149,7 +149,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         | {"python": platform.python_version()},
     }
     result = finite_json(result)
-    _write(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
+    write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
 
 
@@ -208,9 +208,3 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
             )
     result = folder / RESULT_FILE
     return json.loads(result.read_text()) if known.exists() and result.exists() else None
-
-
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(path.name + ".partial")
-    staged.write_text(text)
-    os.replace(staged, path)
