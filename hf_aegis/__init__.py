@@ -1,7 +1,8 @@
 """Fine-tune a vision-language model into a robot policy without forgetting how to answer questions."""
 
-import importlib
 from typing import Any
+
+from hf_aegis.lazy_exports import resolve
 
 
 __version__ = "0.1.0.dev0"
@@ -22,9 +23,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return resolve(__name__, _EXPORTS, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """Training data: LIBERO demonstrations and questions about images. Names are imported when first used."""
 
-import importlib
 from typing import Any
+
+from hf_aegis.lazy_exports import resolve
 
 
 _EXPORTS = {
@@ -26,9 +27,7 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return resolve(__name__, _EXPORTS, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """The LIBERO simulator, its tasks, and a scripted expert that solves two of its suites. Knows no models."""
 
-import importlib
 from typing import Any
+
+from hf_aegis.lazy_exports import resolve
 
 
 _EXPORTS = {
@@ -16,9 +17,7 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return resolve(__name__, _EXPORTS, name)
 
 
 def __dir__() -> list[str]:
