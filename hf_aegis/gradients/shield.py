@@ -38,7 +38,7 @@ from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_seg
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, OneSidedGramSchmidt
 from hf_aegis.gradients.recompute import SharedRecompute
-from hf_aegis.gradients.reference import TransportPenalty
+from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
 
 
@@ -134,7 +134,7 @@ class GradientShield:
         self.penalty_scale = penalty_scale
         self.drop_non_finite = drop_non_finite
         self.report: ProjectionReport | None = None
-        self._penalty = TransportPenalty(anchor, penalty_scale, variance_eps)
+        self._penalty: ReferencePenalty = TransportPenalty(anchor, penalty_scale, variance_eps)
         self._combiner = OneSidedGramSchmidt(projection_eps)
         self._groups: ParameterGroups | None = None
         self._groups_key: tuple[int, ...] = ()
