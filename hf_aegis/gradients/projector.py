@@ -2,53 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_aegis.functional.gram_schmidt import one_sided_coefficient
+from hf_aegis.functional.inner_product import inner_product
+from hf_aegis.gradients.combiners import Combiner
 
 
 Granularity = Literal["layer", "global", "tensor"]
 UNPROTECTED = "unprotected"
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
-
-
-class Combiner(Protocol):
-    """How a task gradient is bent: from scalars of a group to α in `g - α r`."""
-
-    def __call__(self, dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor) -> Tensor: ...
-
-
-class OneSidedGramSchmidt:
-    """AEGIS's combiner: removes the conflicting component and nothing else (arXiv 2604.16067, §3.3)."""
-
-    def __init__(self, eps: float = 1e-12) -> None:
-        if not eps > 0:
-            raise ValueError(f"the projection's eps must be positive, found {eps}")
-        self.eps = eps
-
-    def __call__(self, dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor) -> Tensor:
-        return one_sided_coefficient(dot, reference_squared_norm, self.eps)
-
-
-# Bounds the float32 copies that the scalars of a half-precision tensor are computed from.
-_CHUNK = 1 << 24
-
-
-def inner_product(first: Tensor, second: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape, accumulated in float32 or better."""
-    first, second = first.reshape(-1), second.reshape(-1)
-    if first.dtype == second.dtype and first.dtype in (torch.float32, torch.float64):
-        return torch.dot(first, second)
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    total = first.new_zeros((), dtype=wide)
-    for start in range(0, first.numel(), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        total += torch.dot(first[chunk].to(wide), second[chunk].to(wide))
-    return total
 
 
 def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:

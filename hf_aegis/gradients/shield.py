@@ -32,11 +32,12 @@ from torch.utils.hooks import RemovableHandle
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
+from hf_aegis.gradients.combiners import OneSidedGramSchmidt
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
-from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, OneSidedGramSchmidt
+from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity
 from hf_aegis.gradients.recompute import SharedRecompute
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
