@@ -14,6 +14,11 @@ from hf_aegis.cli.parent_process import end_with_parent
 # imports inside them.
 COMMANDS = {
     "demo": ("hf_aegis.cli.demo", "fine-tune the embedded model naively and with AEGIS, and compare"),
+    "compare": (
+        "hf_aegis.cli.compare",
+        "train several conditions with several seeds, and tabulate what they measured",
+    ),
+    "report": ("hf_aegis.cli.report", "draw the figures of a comparison and put them on a page"),
     "train": ("hf_aegis.cli.train", "fine-tune a vision-language model into a policy from a recipe"),
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),

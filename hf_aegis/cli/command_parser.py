@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from hf_aegis.cli.recipe import parse_recipe
+from hf_aegis.cli.recipe import parse_recipe, recipe_path
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -27,8 +27,8 @@ class CommandParser(argparse.ArgumentParser):
         """
         Makes the fields of dataclasses the options of this command, and `--config` a file of them.
 
-        The instances are in the parsed arguments' `recipe`, a tuple in the order given. See
-        [`~cli.recipe.parse_recipe`].
+        The instances are in the parsed arguments' `recipe`, a tuple in the order given, and the file's path, if there
+        is one, in `config`. See [`~cli.recipe.parse_recipe`].
         """
         self._recipe = dataclass_types
 
@@ -42,6 +42,7 @@ class CommandParser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         namespace = argparse.Namespace() if namespace is None else namespace
         options = sys.argv[1:] if args is None else args
+        namespace.config, _ = recipe_path(options)
         namespace.recipe = parse_recipe(self._recipe, options, prog=self.prog, description=self.description)
         return namespace, []
 

@@ -38,16 +38,11 @@ def parse_recipe(
         ValueError: If an option or a key of the recipe is unknown, missing or has the wrong type.
         SystemExit: After `--help`.
     """
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    source.add_argument("--config", type=Path)
-    try:
-        found, rest = source.parse_known_args(options)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+    path, rest = recipe_path(options)
     hints = option_types(dataclass_types)
     parser = _option_parser(dataclass_types, hints, prog=prog, description=description)
-    if found.config is not None:
-        parser.set_defaults_with_config(**read_recipe(found.config, hints))
+    if path is not None:
+        parser.set_defaults_with_config(**read_recipe(path, hints))
     # Without this, a file beside the executable would be taken for options.
     *instances, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
@@ -55,6 +50,22 @@ def parse_recipe(
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see {prog} --help")
     return tuple(instances)
+
+
+def recipe_path(options: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """
+    The recipe that a command line names with `--config`, and the other options.
+
+    Raises:
+        ValueError: If `--config` names no file.
+    """
+    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    source.add_argument("--config", type=Path)
+    try:
+        found, rest = source.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return found.config, rest
 
 
 def option_types(dataclass_types: Sequence[type]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,9 @@ import yaml
 from PIL import Image
 
 from hf_aegis.cli import demo
+from hf_aegis.reports.bands import series
 from hf_aegis.reports.style import CONDITION_STYLES
-from hf_aegis.reports.training_curves import plot_flow, plot_projection, plot_vqa, series
+from hf_aegis.reports.training_curves import plot_flow, plot_projection, plot_vqa
 
 
 GROUPS = ["layers.0", "layers.1", "layers.2", "layers.10", "embeddings"]
@@ -116,55 +115,23 @@ def test_the_table_has_a_column_per_condition():
     assert len({len(row) for row in rows}) == 1
 
 
-class Commands:
-    """Stands in for the commands: notes the calls and writes what they would write, or fails at one of them."""
-
-    def __init__(self):
-        self.calls = []
-        self.fail_at = None
-
-    def __call__(self, calls, folder, jobs, **_):
-        for call in calls:
-            self.run(*call)
-
-    def run(self, command, *options):
-        if len(self.calls) + 1 == self.fail_at:
-            raise OSError(f"{command} failed")
-        self.calls.append((command, *options))
-        named = dict(zip(options[::2], options[1::2], strict=True))
-        if command == "eval-vqa":
-            scores = {"cross_entropy": 0.1, "accuracy": 0.9, "by_type": {"color": {"accuracy": 0.8}}}
-            Path(named["--output"]).write_text(json.dumps(scores))
-        elif command == "anchor":
-            Path(named["--output_dir"]).mkdir()
-            (Path(named["--output_dir"]) / "recipe.yaml").write_text("{}")
-        else:
-            self.train(yaml.safe_load(Path(named["--config"]).read_text()))
-
-    def train(self, recipe):
-        folder = Path(recipe["output_dir"])
-        folder.mkdir()
-        projected = recipe["preserve"] == "projection"
-        lines = {"metrics": metrics(0.0 if projected else 0.02, projected)}
-        if projected:
-            lines["projection"] = projections()
-        for name, records in lines.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (folder / "config.json").write_text('{"flow_loss_scale": 0.5}')
-        (folder / "result.json").write_text(json.dumps({"vqa_accuracy": 0.5, "flow_mse": 0.1}))
-
-
 @pytest.fixture
-def commands(monkeypatch):
-    commands = Commands()
-    monkeypatch.setattr(demo, "_call_together", commands)
+def logged(commands):
+    """The commands, with logs that figures can be drawn from."""
+
+    def lines(recipe):
+        projected = recipe["preserve"] == "projection"
+        logs = {"metrics": metrics(0.0 if projected else 0.02, projected)}
+        return logs | {"projection": projections()} if projected else logs
+
+    commands.lines = lines
     return commands
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leaves out the figures and the merged log, for tests of what comes before them."""
-    monkeypatch.setattr(demo, "_report", lambda folder: None)
+    monkeypatch.setattr(demo, "_report", lambda folder, runs: None)
 
 
 def run(folder, *options):
@@ -174,16 +141,18 @@ def run(folder, *options):
     return demo.run(parser.parse_args(["--output_dir", str(folder), *options]))
 
 
-def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsys):
+def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys):
     folder = tmp_path / "demo"
     assert run(folder, "--max_steps", "20", "--vqa_final_samples", "60", "--seed", "3") == 0
-    assert commands.calls == [
+    assert logged.calls == [
         ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60", "--seed", "0"),
-        ("anchor", "--output_dir", f"{folder}/anchor", "--num_samples", "3000"),
-        ("train", "--config", f"{folder}/naive.yaml"),
-        ("train", "--config", f"{folder}/aegis.yaml"),
+        ("anchor", "--config", f"{folder}/anchors/easy_vqa.yaml"),
+        ("train", "--config", f"{folder}/runs/naive/seed_3.yaml"),
+        ("train", "--config", f"{folder}/runs/aegis/seed_3.yaml"),
     ]
-    naive, aegis = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("naive", "aegis"))
+    naive, aegis = (
+        yaml.safe_load((folder / "runs" / name / "seed_3.yaml").read_text()) for name in ("naive", "aegis")
+    )
     assert (naive["max_steps"], naive["seed"], naive["vqa_final_samples"]) == (20, 3, 60)
     # Everything else is shared, or the comparison would be of something else.
     assert {key for key in naive.keys() | aegis.keys() if naive.get(key) != aegis.get(key)} == {
@@ -191,7 +160,10 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
         "output_dir",
         "anchor",
     }
-    assert aegis["anchor"] == f"{folder}/anchor"
+    assert yaml.safe_load((folder / "anchors" / "easy_vqa.yaml").read_text()) == {
+        "num_samples": 3000,
+        "output_dir": aegis["anchor"],
+    }
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["pretrained"] == {
         "vqa_cross_entropy": 0.1,
@@ -210,32 +182,43 @@ def test_a_demo_runs_all_commands_in_order_and_reports(commands, tmp_path, capsy
     printed = capsys.readouterr().out
     assert demo.format_table(summary) in printed
     assert "measured with 2 processes side by side; `make bench` measures them in turn" in printed
-    assert not list(folder.rglob("*.partial"))
+    assert "| aegis | 1 |" in (folder / "results.md").read_text()
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_defaults_are_those_of_the_module(commands, no_figures, tmp_path):
     run(tmp_path)
-    recipe = yaml.safe_load((tmp_path / "naive.yaml").read_text())
+    recipe = yaml.safe_load((tmp_path / "runs" / "naive" / "seed_0.yaml").read_text())
     assert recipe["max_steps"] == demo.TRAINING["max_steps"]
     assert recipe["vqa_final_samples"] == demo.FINAL_QUESTIONS
     assert str(demo.FINAL_QUESTIONS) in commands.calls[0]
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, no_figures, tmp_path, fail_at):
-    commands.fail_at = fail_at
-    with pytest.raises(OSError, match="failed"):
+@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 4])
+def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, no_figures, tmp_path, interrupt_at):
+    commands.interrupt_at = interrupt_at
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "--max_steps", "20")
-    assert len(commands.calls) == fail_at - 1
+    assert len(commands.calls) == interrupt_at - 1
     assert not (tmp_path / "summary.json").exists()
-    commands.fail_at = None
+    commands.interrupt_at = None
     run(tmp_path, "--max_steps", "20")
-    assert [call[0] for call in commands.calls] == ["eval-vqa", "anchor", "train", "train"]
+    assert commands.commands == ["eval-vqa", "anchor", "train", "train"]
     summary = (tmp_path / "summary.json").read_text()
     commands.calls.clear()
     assert run(tmp_path, "--max_steps", "20") == 0
     assert commands.calls == []
     assert (tmp_path / "summary.json").read_text() == summary
+
+
+@pytest.mark.parametrize("failing", ["eval-vqa", "anchor_easy_vqa", "naive_seed_0", "aegis_seed_0"])
+def test_a_demo_ends_with_the_command_that_failed(commands, no_figures, tmp_path, failing):
+    commands.failing = {failing}
+    with pytest.raises(OSError, match="ended with code 1"):
+        run(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    commands.failing = set()
+    assert run(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -263,30 +246,21 @@ def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figu
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("place", "value", "message"),
     [
-        ("ANCHOR_SAMPLES", 30, "anchor_samples is 3000 there and 30 here"),
-        ("__version__", "9.9", "version is .* there and '9.9' here"),
-        ("_threads", lambda jobs: 77, "threads is .* there and 77 here"),
+        ("hf_aegis.cli.demo.ANCHOR_SAMPLES", 30, "anchor_samples is 3000 there and 30 here"),
+        ("hf_aegis.cli.demo.__version__", "9.9", "version is .* there and '9.9' here"),
+        ("os.cpu_count", lambda: 154, "threads is .* there and 77 here"),
     ],
 )
 def test_results_of_other_circumstances_are_not_taken_for_these(
-    commands, no_figures, tmp_path, monkeypatch, name, value, message
+    commands, no_figures, tmp_path, monkeypatch, place, value, message
 ):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run(tmp_path)
-    monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(place, value)
     with pytest.raises(ValueError, match=message):
         run(tmp_path)
-
-
-def test_threads_do_not_depend_on_what_is_left_to_do(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert [demo._threads(jobs) for jobs in (1, 2, 8)] == [8, 4, 4]
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert demo._threads(2) == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert demo._threads(1) == 3
 
 
 def test_one_process_after_the_other_needs_no_note(commands, no_figures, tmp_path, capsys):
@@ -296,70 +270,10 @@ def test_one_process_after_the_other_needs_no_note(commands, no_figures, tmp_pat
 
 def test_scores_on_other_questions_are_not_compared(commands, no_figures, tmp_path):
     run(tmp_path)
-    pretrained, result = tmp_path / "pretrained.json", tmp_path / "aegis" / "result.json"
+    pretrained, result = tmp_path / "pretrained.json", tmp_path / "runs" / "aegis" / "seed_0" / "result.json"
     pretrained.write_text(json.dumps(json.loads(pretrained.read_text()) | {"fingerprint": "a"}))
     result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "a"}}))
     assert run(tmp_path) == 0
     result.write_text(json.dumps(json.loads(result.read_text()) | {"fingerprints": {"vqa_final": "b"}}))
-    with pytest.raises(ValueError, match=r"aegis/result\.json: key 'fingerprints\.vqa_final' is b, but .* is a:"):
+    with pytest.raises(ValueError, match=r"result\.json: key 'fingerprints\.vqa_final' is b, but .* is a:"):
         run(tmp_path)
-
-
-def test_a_command_that_fails_is_named_and_ends_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
-    with pytest.raises(
-        OSError, match=r"hf-aegis anchor ended with code 3: no such model \(all of it in .*anchor.log\)"
-    ):
-        demo._call_together([("eval-vqa", "sleep"), ("anchor", "fail")], tmp_path, jobs=2)
-    assert (tmp_path / "logs" / "eval-vqa.log").exists()
-
-
-def test_a_log_keeps_what_an_earlier_attempt_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
-    (tmp_path / "logs").mkdir()
-    log = tmp_path / "logs" / "anchor.log"
-    log.write_text("out of memory\n")
-    with pytest.raises(OSError, match="ended with code 3: no such model"):
-        demo._call_together([("anchor", "fail")], tmp_path, jobs=1)
-    with pytest.raises(OSError, match="ended with code 4: it said nothing"):
-        demo._call_together([("anchor", "silent")], tmp_path, jobs=1)
-    assert log.read_text() == "out of memory\nno such model\n"
-
-
-def test_commands_know_their_parent_and_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
-    demo._call_together([("anchor", "environment")], tmp_path, jobs=2)
-    said = (tmp_path / "logs" / "anchor.log").read_text()
-    assert said == f"{os.getpid()} {demo._threads(2)} 1\n"
-
-
-def test_progress_is_read_off_a_log_that_is_being_written(tmp_path):
-    assert demo._steps_done(tmp_path) == 0
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"step": 20, "loss": 1}\n{"step": 3')
-    assert demo._steps_done(tmp_path) == 20
-
-
-def test_commands_run_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sys, "executable", str(_fake_python(tmp_path)))
-    calls = [("train", "a.yaml"), ("train", "b.yaml")]
-    # Each waits for the other's log, so that one after the other would never end.
-    demo._call_together(calls, tmp_path, jobs=2, total=2, progress=lambda: 1)
-    assert (tmp_path / "logs" / "a.log").read_text() == (tmp_path / "logs" / "b.log").read_text() == "met\n"
-
-
-def _fake_python(folder):
-    """Stands in for `python -m hf_aegis`: sleeps, fails, or waits for two logs."""
-    script = folder / "python"
-    script.write_text(
-        f"""#!/bin/sh
-case "$4" in
-  sleep) exec sleep 600 ;;
-  fail) echo "no such model" >&2; exit 3 ;;
-  silent) exit 4 ;;
-  environment) echo $HF_AEGIS_PARENT $OMP_NUM_THREADS $HF_AEGIS_TRACEBACK ;;
-  *) while [ $(ls {folder}/logs | wc -l) -lt 2 ]; do sleep 0.05; done; echo met ;;
-esac
-"""
-    )
-    script.chmod(0o755)
-    return script

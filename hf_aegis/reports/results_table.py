@@ -1,0 +1,208 @@
+"""
+The results of a comparison as a table: one record per run, and mean and standard deviation over seeds per condition.
+
+What is read is what `hf-aegis compare` leaves in its folder: `compare.json`, `pretrained.json`, `failures.json` and
+`runs/<condition>/seed_<seed>/result.json`. A comparison that is under way can be read as well.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hf_aegis.atomic_files import write_text
+
+
+SETTINGS_FILE = "compare.json"
+PRETRAINED_FILE = "pretrained.json"
+FAILURES_FILE = "failures.json"
+RESULT_FILES = ("results.json", "results.csv", "results.md")
+
+_ABOUT_THE_RUN = ("fingerprints", "versions")
+_MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A column of the table.
+
+    Args:
+        key (`str`): The measure.
+        header (`str`): Its name and unit.
+        format (`str`): Format of a number.
+        scale (`float`, *optional*, defaults to `1`): What the measure is multiplied by.
+        spread (`bool`, *optional*, defaults to `True`): Show the standard deviation as well.
+    """
+
+    key: str
+    header: str
+    format: str
+    scale: float = 1
+    spread: bool = True
+
+    def cell(self, measure: Mapping[str, Any] | None, runs: int) -> str:
+        """A mean with its standard deviation, where there are several values; says where some runs have none."""
+        if not measure or not measure["n"]:
+            return _MISSING
+        text = format(self.scale * measure["mean"], self.format)
+        if self.spread and measure["std"] is not None:
+            text += f" ± {format(self.scale * measure['std'], self.format.replace('+', ''))}"
+        return text if measure["n"] == runs else f"{text} ({measure['n']} of {runs})"
+
+
+COLUMNS = (
+    Column("vqa_cross_entropy", "VQA CE (nats/token)", ".3f"),
+    Column("vqa_accuracy", "VQA accuracy (%)", ".1f", 100),
+    Column("vqa_accuracy_change", "change (points)", "+.1f", 100),
+    Column("flow_mse", "held-out flow MSE", ".4f"),
+    Column("step_ms", "step (ms)", ".0f"),
+    Column("peak_memory_mb", "peak memory (MB)", ".0f"),
+    Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
+    Column("throttle_rate", "throttle rate (%)", ".1f", 100),
+    Column("energy_shed", "energy shed (%)", ".2f", 100),
+)
+
+
+def collect_results(folder: Path) -> dict[str, Any]:
+    """
+    Everything that a comparison has measured so far.
+
+    Returns:
+        `dict`: `runs`, one flat record per finished run with `condition`, `seed` and every number of its `result.json`
+        (`vqa_accuracy_by_type.color` for a nested one), and `vqa_accuracy_change` against the model before training;
+        `conditions`, by name the number of finished `runs` and, in `measures`, `mean`, `std` (divisor n − 1; `None`
+        for a single value) and `n` of each; `before`, the scores of the model before training, or `None`; `failed`,
+        the runs that ended with an error; and `date`, `command`, `machine`, `versions` and `settings`.
+
+    Raises:
+        OSError: If the folder holds no comparison.
+        ValueError: If a run's final questions are not those that the model was asked before.
+    """
+    settings = _read(folder / SETTINGS_FILE)
+    before = _before(folder / PRETRAINED_FILE)
+    runs: list[dict[str, Any]] = []
+    versions: list[dict[str, str]] = []
+    for condition in settings["conditions"]:
+        for seed in settings["seeds"]:
+            path = folder / "runs" / condition / f"seed_{seed}" / "result.json"
+            if not path.exists():
+                continue
+            result = _read(path)
+            _same_questions(result, before, path, folder / PRETRAINED_FILE)
+            runs.append({"condition": condition, "seed": seed, **_numbers(result, before)})
+            if (found := result.get("versions")) is not None and found not in versions:
+                versions.append(found)
+    conditions = {}
+    for condition in settings["conditions"]:
+        own = [run for run in runs if run["condition"] == condition]
+        measures = {key: _aggregate(run.get(key) for run in own) for key in _keys(own)}
+        conditions[condition] = {"runs": len(own), "measures": measures}
+    failures = _read(folder / FAILURES_FILE) if (folder / FAILURES_FILE).exists() else []
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": settings.get("command"),
+        "machine": settings.get("machine"),
+        # One entry, unless packages changed between runs.
+        "versions": versions,
+        "before": before,
+        "conditions": conditions,
+        "runs": runs,
+        "failed": failures,
+        "settings": settings,
+    }
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The aggregates as a Markdown table, one row per condition, and below it what to know when reading it."""
+    planned = len(results["settings"]["seeds"])
+    rows = [["condition", "seeds", *(column.header for column in COLUMNS)]]
+    if before := results["before"]:
+        single = {key: {"mean": value, "std": None, "n": 1} for key, value in before.items() if key != "fingerprint"}
+        rows.append(["before fine-tuning", _MISSING, *(column.cell(single.get(column.key), 1) for column in COLUMNS)])
+    for name, condition in results["conditions"].items():
+        runs = condition["runs"]
+        cells = (column.cell(condition["measures"].get(column.key), runs) for column in COLUMNS)
+        rows.append([name, str(runs) if runs == planned else f"{runs} of {planned}", *cells])
+    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+    notes = [f"Mean ± standard deviation (n − 1) over seeds; {_MISSING}: not measured."]
+    if (jobs := (results["machine"] or {}).get("jobs", 1)) > 1:
+        notes.append(f"Step times were measured with {jobs} processes side by side.")
+    notes += [f"Failed: {run['condition']}, seed {run['seed']}: {run['error']}" for run in results["failed"]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def csv_table(results: Mapping[str, Any]) -> str:
+    """One row per run; a measure that a run does not have is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["condition", "seed", *_keys(results["runs"])], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results["runs"])
+    return text.getvalue()
+
+
+def write_results(folder: Path) -> dict[str, Any]:
+    """Writes `results.json`, `results.csv` and `results.md` into a comparison's folder, and returns the results."""
+    results = collect_results(folder)
+    texts = (json.dumps(results, indent=2, allow_nan=False), csv_table(results), markdown_table(results))
+    for name, text in zip(RESULT_FILES, texts, strict=True):
+        write_text(folder / name, text)
+    return results
+
+
+def _before(path: Path) -> dict[str, Any] | None:
+    """The output of `hf-aegis eval-vqa` under the names that a run's result has."""
+    if not path.exists():
+        return None
+    scores = _read(path)
+    return {
+        "vqa_cross_entropy": scores["cross_entropy"],
+        "vqa_accuracy": scores["accuracy"],
+        **{f"vqa_accuracy_by_type.{name}": score["accuracy"] for name, score in scores["by_type"].items()},
+        "fingerprint": scores.get("fingerprint"),
+    }
+
+
+def _same_questions(result: Mapping[str, Any], before: Mapping[str, Any] | None, path: Path, asked: Path) -> None:
+    after = result.get("fingerprints", {}).get("vqa_final")
+    if before is not None and after is not None and after != before["fingerprint"]:
+        raise ValueError(
+            f"{path}: key 'fingerprints.vqa_final' is {after}, but key 'fingerprint' of {asked} is "
+            f"{before['fingerprint']}: other questions were asked before than after. Delete {asked.parent} to "
+            "start anew"
+        )
+
+
+def _numbers(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """The numbers of a result, flat. `None` stands for one that was not finite."""
+    flat: dict[str, Any] = {}
+    for key, value in result.items():
+        if key not in _ABOUT_THE_RUN:
+            flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    numbers = {key: value for key, value in flat.items() if value is None or type(value) in (int, float)}
+    if before is not None and numbers.get("vqa_accuracy") is not None:
+        numbers["vqa_accuracy_change"] = numbers["vqa_accuracy"] - before["vqa_accuracy"]
+    return numbers
+
+
+def _keys(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The measures of all runs, in the order in which they first appear."""
+    return [key for key in dict.fromkeys(key for run in runs for key in run) if key not in ("condition", "seed")]
+
+
+def _aggregate(values: Iterable[float | None]) -> dict[str, Any]:
+    found = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(found) if found else None,
+        "std": statistics.stdev(found) if len(found) > 1 else None,
+        "n": len(found),
+    }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
