@@ -19,6 +19,7 @@ from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
+from hf_aegis.gradients.replay import ReplayShield
 from hf_aegis.gradients.shield import GradientShield
 
 
@@ -38,6 +39,7 @@ __all__ = [
     "ProjectionReport",
     "RecomputeMismatchError",
     "ReferencePenalty",
+    "ReplayShield",
     "SharedRecompute",
     "TransportPenalty",
     "make_combiner",

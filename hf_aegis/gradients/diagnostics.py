@@ -22,9 +22,13 @@ class ProjectionReport:
         reference_squared_norm (`Tensor` of shape `(G,)`): \\(\lVert r \rVert^2\\).
         alpha (`Tensor` of shape `(G,)`): Projection coefficient, zero where there was no conflict.
         mean_term, std_term (`Tensor` of shape `(L,)`):
-            Each layer's transport distance, split into means and standard deviations; not scaled.
+            Each layer's transport distance, split into means and standard deviations; not scaled. Empty where the
+            reference is no transport penalty.
         penalty_scale (`float`): \\(\lambda\\).
         dropped (`list[str]`): Groups whose gradients were removed because they were not finite.
+        replay_loss (`float` or `Tensor` of shape `()`, *optional*): The loss whose gradient was the reference.
+        update_squared_norm (`Tensor` of shape `(G,)`, *optional*):
+            \\(\lVert g' \rVert^2\\) of what was made of both gradients, where it is more than \\(g - \alpha r\\).
     """
 
     groups: list[str]
@@ -36,6 +40,8 @@ class ProjectionReport:
     std_term: Tensor
     penalty_scale: float
     dropped: list[str] = field(default_factory=list)
+    replay_loss: float | Tensor | None = None
+    update_squared_norm: Tensor | None = None
 
     @property
     def cosine(self) -> Tensor:
@@ -46,7 +52,14 @@ class ProjectionReport:
 
     @property
     def energy_shed(self) -> Tensor:
-        """Share of each group's gradient energy that was removed, `(G,)`."""
+        """
+        Share of each group's gradient energy that was removed, `(G,)`; negative where a combiner adds energy of the
+        reference gradient.
+        """
+        if self.update_squared_norm is not None:
+            positive = self.task_squared_norm > 0
+            share = self.update_squared_norm / torch.where(positive, self.task_squared_norm, 1.0)
+            return torch.where(positive, 1.0 - share, 0.0)
         return shed_energy(self.dot, self.task_squared_norm, self.reference_squared_norm, self.alpha)
 
     def is_finite(self) -> Tensor:
@@ -56,38 +69,33 @@ class ProjectionReport:
     def summary(self) -> dict[str, float]:
         """
         The step's figures, ready to be logged: `throttle_rate` (share of groups in conflict), `energy_shed` (over all
-        groups together), `cosine` and `alpha` (means over groups), `penalty` (scaled) with its `penalty_mean_term` and
-        `penalty_std_term`, and the norms `vlm_grad_norm` (before) and `vlm_grad_norm_projected` (after projection).
+        groups together), `cosine` and `alpha` (means over groups), and the norms `vlm_grad_norm` (before) and
+        `vlm_grad_norm_projected` (after projection). With a transport penalty, `penalty` (scaled) with its
+        `penalty_mean_term` and `penalty_std_term`; with a replayed batch, its `replay_loss`.
         """
         if not self.groups:
             return {}
         total = self.task_squared_norm.sum()
-        removed = (self.energy_shed * self.task_squared_norm).sum()
-        values = torch.stack(
-            [
-                (self.dot < 0).float().mean(),
-                torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1.0, total)),
-                self.cosine.mean(),
-                self.alpha.mean(),
-                self.penalty_scale * (self.mean_term.sum() + self.std_term.sum()),
-                self.penalty_scale * self.mean_term.sum(),
-                self.penalty_scale * self.std_term.sum(),
-                total.sqrt(),
-                (total - removed).clamp(min=0).sqrt(),
-            ]
-        ).tolist()
-        names = (
-            "throttle_rate",
-            "energy_shed",
-            "cosine",
-            "alpha",
-            "penalty",
-            "penalty_mean_term",
-            "penalty_std_term",
-            "vlm_grad_norm",
-            "vlm_grad_norm_projected",
-        )
-        return dict(zip(names, values, strict=True))
+        if self.update_squared_norm is None:
+            removed = (self.energy_shed * self.task_squared_norm).sum()
+        else:
+            removed = total - self.update_squared_norm.sum()
+        figures = {
+            "throttle_rate": (self.dot < 0).to(total).mean(),
+            "energy_shed": torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1.0, total)),
+            "cosine": self.cosine.mean(),
+            "alpha": self.alpha.mean(),
+            "vlm_grad_norm": total.sqrt(),
+            "vlm_grad_norm_projected": (total - removed).clamp(min=0).sqrt(),
+        }
+        if self.mean_term.numel():
+            figures["penalty_mean_term"] = self.penalty_scale * self.mean_term.sum()
+            figures["penalty_std_term"] = self.penalty_scale * self.std_term.sum()
+            figures["penalty"] = figures["penalty_mean_term"] + figures["penalty_std_term"]
+        if self.replay_loss is not None:
+            figures["replay_loss"] = torch.as_tensor(self.replay_loss).to(total)
+        # One transfer from the device for all of them.
+        return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
     def per_group(self) -> dict[str, Any]:
         """Lists over groups and layers, ready for a JSON line."""

@@ -61,9 +61,7 @@ class GradientProjector:
 
     def unit(self, name: str) -> str:
         """What is projected as one vector with the parameter `name`."""
-        if self.granularity == "tensor":
-            return name
-        return "global" if self.granularity == "global" else self._group_of(name)
+        return unit_of(name, self._group_of(name), self.granularity)
 
     def expect(self, names: Iterable[str]) -> None:
         """Announces parameters that will receive a reference direction."""
@@ -115,7 +113,7 @@ class GradientProjector:
         for unit in list(self._scalars):
             if unit not in self._alphas:
                 self._project(unit)
-        groups = sorted(self._scalars, key=_natural_order)
+        groups = sorted(self._scalars, key=natural_order)
         rows = [torch.cat([self._totals(unit), self._alphas[unit][None]]) for unit in groups]
         return groups, torch.stack(rows) if rows else torch.zeros(0, 4)
 
@@ -147,6 +145,14 @@ class GradientProjector:
                 _bend(parameter.grad, reference, alpha)
 
 
-def _natural_order(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+def unit_of(name: str, group: str, granularity: Granularity) -> str:
+    """What is projected as one vector with the parameter `name` of the layer-wise group `group`."""
+    if granularity == "tensor":
+        return name
+    return "global" if granularity == "global" else group
+
+
+def natural_order(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+    """Sorting key of projection groups: layers first, by number."""
     parts = [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
     return (not name.startswith("layers."), parts)

@@ -23,8 +23,13 @@ class _StopRecomputationError(Exception):
     """Ends a recomputation once every tensor that the backward pass needs is there."""
 
 
-class _AmbientState:
-    """Random-number and autocast state of a forward pass, to be restored around its recomputation."""
+class AmbientState:
+    """
+    Random-number and autocast state of a forward pass, to be restored around its recomputation.
+
+    Args:
+        arguments (`tuple`): The arguments of the forward pass; they tell the devices.
+    """
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         devices = {a.device.type for a in arguments if isinstance(a, Tensor)} | {"cpu"}
@@ -39,6 +44,7 @@ class _AmbientState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
+        """A context with that state; afterwards everything is as it was."""
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled, self.autocast_cache))
@@ -47,6 +53,21 @@ class _AmbientState:
             if self.device_ids:
                 set_device_states(self.device_ids, self.device_states)
             yield
+
+
+def refuse_reentrant(index: int, layer: nn.Module) -> None:
+    """
+    Refuses checkpointing that `torch.autograd.grad` cannot go through, or that cannot be differentiated twice.
+
+    Raises:
+        ValueError: If decoder layer `index` is checkpointed with `use_reentrant=True`.
+    """
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            f"decoder layer {index} is checkpointed with use_reentrant=True and cannot be differentiated twice; "
+            'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
 
 
 class SharedRecompute:
@@ -89,7 +110,7 @@ class _Frame:
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.function = function
         self.arguments = arguments
-        self.ambient = _AmbientState(arguments)
+        self.ambient = AmbientState(arguments)
         self.signatures: list[tuple[torch.Size, torch.dtype]] = []
         self.recomputed: dict[int, Tensor] | None = None
 

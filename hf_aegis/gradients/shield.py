@@ -38,7 +38,7 @@ from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity
-from hf_aegis.gradients.recompute import SharedRecompute
+from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
 
@@ -384,14 +384,10 @@ class GradientShield:
             )
 
     def _take_over_checkpointing(self, index: int, layer: nn.Module) -> None:
-        function: Any = layer._gradient_checkpointing_func
         if self.dual_backward == "streaming":
             self._recompute.take_over(layer)
-        elif getattr(function, "keywords", {}).get("use_reentrant", False):
-            raise ValueError(
-                f"decoder layer {index} is checkpointed with use_reentrant=True and cannot be differentiated twice; "
-                'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
+        else:
+            refuse_reentrant(index, layer)
 
 
 class _Phase:
