@@ -21,9 +21,12 @@ class PaliGemmaFlowCollator:
 
     Args:
         processor (`PaliGemmaFlowProcessor`): tokenizer and image processor.
+        action_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the batch also holds the actions as FAST tokens for the language model to learn (`labels`).
     """
 
     processor: PaliGemmaFlowProcessor
+    action_tokens: bool = False
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
@@ -47,6 +50,7 @@ class PaliGemmaFlowCollator:
             state=_stack(items, "state"),
             actions=_stack(items, "actions"),
             action_is_pad=_stack(items, "action_is_pad"),
+            action_tokens=self.action_tokens,
         )
 
 

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers import Cache, PaliGemmaForConditionalGeneration
 from transformers import initialization as init
 from transformers.models.paligemma.modeling_paligemma import PaliGemmaCausalLMOutputWithPast
 
+from hf_aegis.data.fast_tokenizer import FASTTokenizer
 from hf_aegis.functional.flow_matching import (
     euler_integrate,
     flow_matching_loss,
@@ -20,6 +21,7 @@ from hf_aegis.functional.flow_matching import (
 )
 from hf_aegis.models.action_expert import ActionExpert, ExpertLinear
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
+from hf_aegis.models.discrete_head import sample_discrete_actions
 from hf_aegis.models.vlm_exchange import default_to_eager, flow_config, load_vlm, plain_config
 
 
@@ -295,23 +297,41 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         noise: Tensor | None = None,
         num_steps: int | None = None,
         generator: torch.Generator | None = None,
+        head: Literal["flow", "fast"] = "flow",
+        action_tokenizer: FASTTokenizer | None = None,
+        max_new_tokens: int | None = None,
     ) -> Tensor:
         """
         Predicts a chunk of actions: one pass through the vision-language model, then Euler steps of the expert from
-        noise to actions. The cross-attention's keys and values are computed once.
+        noise to actions. The cross-attention's keys and values are computed once. With `head="fast"` the language
+        model generates the chunk instead, as FAST tokens, and the expert is not asked.
 
         Args:
             input_ids, attention_mask, token_type_ids, pixel_values, state: as of `forward`.
             noise (`Tensor` of shape `(B, H, A)`, *optional*): start; drawn from a standard Gaussian when not given.
             num_steps (`int`, *optional*): Euler steps; `config.num_inference_steps` when not given.
             generator (`torch.Generator`, *optional*): for the noise; torch's global one when not given.
+            head (`"flow"` or `"fast"`, *optional*, defaults to `"flow"`): what predicts the actions.
+            action_tokenizer, max_new_tokens: of the FAST head, as of [`sample_discrete_actions`].
 
         Returns:
-            `Tensor` of shape `(B, H, A)`, float32, normalised; see `PaliGemmaFlowProcessor.postprocess_actions`.
+            `Tensor` of shape `(B, H, A)`, float32, normalised; see `PaliGemmaFlowProcessor.postprocess_actions`. A
+            chunk that the FAST head failed to write is NaN, which `postprocess_actions` refuses.
 
         Raises:
-            ValueError: a shape differs from the configuration, the state is missing, or `num_steps` is below 1.
+            ValueError: a shape differs from the configuration, the state is missing, `num_steps` is below 1, or an
+                argument of one head is given to the other or missing.
         """
+        flow = {"noise": noise, "num_steps": num_steps, "generator": generator}
+        fast = {"action_tokenizer": action_tokenizer, "max_new_tokens": max_new_tokens}
+        if head not in ("flow", "fast"):
+            raise ValueError(f"head must be 'flow' or 'fast', found {head!r}")
+        if given := [name for name, value in (fast if head == "flow" else flow).items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} mean nothing to head={head!r}")
+        if head == "fast":
+            return sample_discrete_actions(
+                self, action_tokenizer, input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens
+            )
         shape = (input_ids.shape[0], self.config.chunk_size, self.config.action_dim)
         if noise is None:
             noise = torch.randn(shape, device=input_ids.device, generator=generator)

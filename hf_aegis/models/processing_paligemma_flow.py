@@ -9,15 +9,22 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PaliGemmaProcessor
 
+from hf_aegis.data.fast_tokenizer import FASTTokenizer
 from hf_aegis.functional.normalization import (
     DatasetStatistics,
     FeatureStatistics,
     normalize,
     unnormalize,
 )
+from hf_aegis.models.action_tokens import append_suffix, bind_to_vlm, refuse_action_words
 
 
 Array = np.ndarray | torch.Tensor
+
+# Where a saved processor keeps its FAST tokenizer.
+ACTION_TOKENIZER_FOLDER = "action_tokenizer"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_PADDING_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length")
 
 
 class PaliGemmaFlowProcessor(PaliGemmaProcessor):
@@ -36,6 +43,12 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         cameras (`Sequence[str]`, *optional*):
             Names of the cameras, in the order in which the policy was trained to see them. When given, samples with
             another number of images are refused.
+        action_tokenizer (`FASTTokenizer`, *optional*):
+            Writes normalised actions as tokens, which the language model can learn. It is told the vocabulary of
+            `tokenizer`, and prompts that hold one of its ids are refused. Saved in the folder `action_tokenizer`.
+
+    Raises:
+        ValueError: the ids of the action tokens do not fit into the vocabulary, or the statistics are malformed.
     """
 
     def __init__(
@@ -45,6 +58,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         chat_template=None,
         statistics: DatasetStatistics | Mapping[str, Any] | None = None,
         cameras: Sequence[str] | None = None,
+        action_tokenizer: FASTTokenizer | None = None,
         **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -52,6 +66,33 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
             statistics = DatasetStatistics.from_dict(statistics)
         self.statistics = statistics
         self.cameras = None if cameras is None else list(cameras)
+        if action_tokenizer is not None:
+            bind_to_vlm(action_tokenizer, self.tokenizer)
+        self.action_tokenizer = action_tokenizer
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Names of the parts that transformers loads and saves; the FAST tokenizer is ours to load."""
+        return [name for name in super().get_attributes() if name != "action_tokenizer"]
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict, dict]:
+        """The contents of `processor_config.json`, with the FAST tokenizer loaded where there is one."""
+        values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("action_tokenizer") is not None:
+            options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+            folder = os.path.join(kwargs.get("subfolder") or "", values["action_tokenizer"])
+            values["action_tokenizer"] = FASTTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=folder, **options
+            )
+        return values, unused
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list:
+        """As of the stock processor, with the FAST tokenizer, where there is one, in a folder of its own."""
+        if self.action_tokenizer is not None:
+            # First, so that a push takes it along.
+            self.action_tokenizer.save_pretrained(os.path.join(save_directory, ACTION_TOKENIZER_FOLDER))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_vlm_processor(
@@ -59,16 +100,18 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         processor: PaliGemmaProcessor | str | os.PathLike,
         statistics: DatasetStatistics | None = None,
         cameras: Sequence[str] | None = None,
+        action_tokenizer: FASTTokenizer | None = None,
     ) -> Self:
         """
         Extends a stock processor, sharing its tokenizer and image processor.
 
         Args:
             processor (`PaliGemmaProcessor`, `str` or `os.PathLike`): the processor, or where to load it from.
-            statistics, cameras: as of the class.
+            statistics, cameras, action_tokenizer: as of the class.
 
         Raises:
             TypeError: `processor` is, or loads as, something else.
+            ValueError: as of the class.
         """
         if isinstance(processor, str | os.PathLike):
             processor = AutoProcessor.from_pretrained(processor)
@@ -80,6 +123,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
             chat_template=processor.chat_template,
             statistics=statistics,
             cameras=cameras,
+            action_tokenizer=action_tokenizer,
         )
 
     def __call__(
@@ -122,6 +166,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         actions: Any = None,
         action_is_pad: Any = None,
         suffix: str | Sequence[str] | None = None,
+        action_tokens: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -138,6 +183,10 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
             actions (array of shape `(B, H, A)` or `(H, A)`, *optional*): normalised.
             action_is_pad (bool array of shape `(B, H)` or `(H,)`, *optional*): `True` past the end of the episode.
             suffix (`str` or `Sequence[str]`, *optional*): answers to learn beside the actions; adds `labels`.
+            action_tokens (`bool`, *optional*, defaults to `False`):
+                Whether the answer to learn is the actions themselves: the ids of their FAST tokens and `<eos>`. The
+                whole chunk is written, past the end of the episode too, as the dataset fills it up; `action_is_pad`
+                does not reach the tokens, each of which concerns all time steps. Padding is on the right.
             **kwargs: of the stock processor. Padding is on the right unless said otherwise.
 
         Returns:
@@ -147,8 +196,11 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
 
         Raises:
             ValueError: numbers of samples, cameras or dimensions do not fit, an image is empty or not RGB
-                uint8, or an instruction is empty or holds an image token.
+                uint8, or an instruction is empty or holds an image token or an action token; with `action_tokens`,
+                there is no FAST tokenizer, there are no actions, or a `suffix` or padding is asked for as well.
         """
+        if action_tokens:
+            self._check_action_tokens(actions, suffix, kwargs)
         single = isinstance(text, str)
         instructions = [text] if isinstance(text, str) else list(text)
         samples = self._check_images([images] if single else images, len(instructions))
@@ -156,8 +208,14 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         # NumPy first: the stock processor makes its labels through np.array, which warns on torch tensors.
         options = {"padding": True, "padding_side": "right"} | kwargs | {"return_tensors": "np"}
         suffixes = [suffix] if isinstance(suffix, str) else suffix
-        batch = super().__call__(images=samples, text=prompts, suffix=suffixes, **options).convert_to_tensors("pt")
-        if suffix is None:
+        batch = super().__call__(images=samples, text=prompts, suffix=suffixes, **options)
+        if self.action_tokenizer is not None:
+            refuse_action_words(batch, instructions, self.action_tokenizer, self.tokenizer)
+        if action_tokens:
+            chunks = _batched(_as_float32(actions), "actions", 3, len(samples), single)
+            append_suffix(batch, self._action_suffixes(chunks), self.tokenizer.pad_token_id)
+        batch = batch.convert_to_tensors("pt")
+        if suffix is None and not action_tokens:
             # The stock processor labels nothing (-100 everywhere), which would ask the model for a loss over no token.
             del batch["labels"]
         batch["pixel_values"] = batch["pixel_values"].unflatten(0, (len(samples), -1))
@@ -203,7 +261,26 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         """The processor as JSON-ready values, the statistics included."""
         output = super().to_dict()
         output["statistics"] = None if self.statistics is None else self.statistics.to_dict()
+        output["action_tokenizer"] = None if self.action_tokenizer is None else ACTION_TOKENIZER_FOLDER
         return output
+
+    def _action_suffixes(self, chunks: np.ndarray) -> list[list[int]]:
+        fast = self.action_tokenizer
+        assert fast is not None  # checked at the door
+        return [[*fast.to_vlm_ids(tokens), self.tokenizer.eos_token_id] for tokens in fast(chunks)]
+
+    def _check_action_tokens(self, actions: Any, suffix: Any, options: Mapping[str, Any]) -> None:
+        if self.action_tokenizer is None:
+            raise ValueError(
+                "action_tokens=True needs a FAST tokenizer, and this processor has none: build it with "
+                "PaliGemmaFlowProcessor.from_vlm_processor(processor, action_tokenizer=FASTTokenizer.fit(chunks))"
+            )
+        if actions is None:
+            raise ValueError("action_tokens=True was given without `actions`")
+        if suffix is not None:
+            raise ValueError("action tokens are the suffix: give `suffix` or action_tokens=True, not both")
+        if given := [name for name in _PADDING_OPTIONS if name in options]:
+            raise ValueError(f"a batch with action tokens is padded on the right; drop {', '.join(given)}")
 
     def _statistics(self, feature: str) -> FeatureStatistics:
         if self.statistics is None:
