@@ -139,7 +139,7 @@ def collect_moments(
         unit="batch",
         disable=not progress,
     )
-    with observer.attached(), _evaluation_mode(model), _without_cache(decoder_config(model, layers)):
+    with observer.attached(), evaluation_mode(model), _without_cache(decoder_config(model, layers)):
         for seen, batch in enumerate(bar, start=1):
             inputs = _forward_inputs(batch, device, batch_index=seen - 1)
             if accepts_logits_to_keep:
@@ -190,7 +190,8 @@ def _input_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for the duration of the block, and afterwards in the mode it was in."""
     # Module by module: `model.train()` afterwards would also wake parts that were deliberately left in eval mode.
     training = [module for module in model.modules() if module.training]
     model.eval()

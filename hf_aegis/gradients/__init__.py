@@ -16,6 +16,7 @@ from hf_aegis.gradients.combiners import (
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
@@ -37,10 +38,12 @@ __all__ = [
     "PCGrad",
     "ParameterGroups",
     "ProjectionReport",
+    "QuadraticPenalty",
     "RecomputeMismatchError",
     "ReferencePenalty",
     "ReplayShield",
     "SharedRecompute",
     "TransportPenalty",
+    "fisher_diagonal",
     "make_combiner",
 ]
