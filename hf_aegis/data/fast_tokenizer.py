@@ -286,10 +286,10 @@ class FASTTokenizer(ProcessorMixin):
         if not changed.any():
             return
         index = tuple(np.argwhere(changed)[0].tolist())
-        highest = self.min_token + self._encoding.last_code
+        upper = "upwards" if self.max_token is None else f"to {self.max_token}"
         found = (
             f"the coefficient {wanted[index]:.0f} at {list(index)} (chunk, frequency, dimension) cannot be encoded: "
-            f"this tokenizer's range is {self.min_token} to {highest}, the nearest in it {fitting[index]}"
+            f"this tokenizer's range is {self.min_token} {upper}, the nearest in it {fitting[index]}"
         )
         if out_of_range == "error":
             raise ValueError(found)
