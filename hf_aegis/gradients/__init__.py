@@ -16,6 +16,7 @@ from hf_aegis.gradients.combiners import (
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.layer_losses import DistillationLoss, LayerRecorder, TransportLoss
 from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
@@ -27,12 +28,14 @@ from hf_aegis.gradients.shield import GradientShield
 __all__ = [
     "COMBINERS",
     "Combiner",
+    "DistillationLoss",
     "GradDrop",
     "GradientCombiner",
     "GradientProjector",
     "GradientShield",
     "LayerLeakError",
     "LayerPenalty",
+    "LayerRecorder",
     "LostGradientError",
     "OneSidedGramSchmidt",
     "PCGrad",
@@ -43,6 +46,7 @@ __all__ = [
     "ReferencePenalty",
     "ReplayShield",
     "SharedRecompute",
+    "TransportLoss",
     "TransportPenalty",
     "fisher_diagonal",
     "make_combiner",
