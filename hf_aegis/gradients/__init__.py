@@ -17,6 +17,7 @@ from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.layer_losses import DistillationLoss, LayerRecorder, TransportLoss
+from hf_aegis.gradients.neuron_cosines import NeuronCosines
 from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
@@ -37,6 +38,7 @@ __all__ = [
     "LayerPenalty",
     "LayerRecorder",
     "LostGradientError",
+    "NeuronCosines",
     "OneSidedGramSchmidt",
     "PCGrad",
     "ParameterGroups",

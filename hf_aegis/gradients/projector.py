@@ -73,6 +73,10 @@ class GradientProjector:
         known = self._references.get(name)
         self._references[name] = reference if known is None else known + reference
 
+    def reference(self, name: str) -> Tensor | None:
+        """The reference direction of a parameter, until its group is projected."""
+        return self._references.get(name)
+
     def on_gradient(self, name: str, gradient: Tensor) -> None:
         """Notes the scalars of this backward pass's task gradient, before it is accumulated."""
         if gradient.is_sparse:

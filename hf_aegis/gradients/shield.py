@@ -19,7 +19,7 @@ Task gradients always travel through autograd's own graph, so none can be lost, 
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -94,6 +94,10 @@ class GradientShield:
 
     Attributes:
         report ([`ProjectionReport`], *optional*): What the last backward pass did.
+        observer (`Callable[[str, Tensor, Tensor], None]`, *optional*):
+            Called for each parameter with both, before it is projected: with its layer-wise group, this backward
+            pass's task gradient, and the reference direction. `None` by default. They are not copies: they must be
+            neither changed nor kept.
 
     Raises:
         ValueError: If an option is unknown, the layers are not found, or the anchor has another shape.
@@ -135,6 +139,7 @@ class GradientShield:
         self.penalty_scale = penalty_scale
         self.drop_non_finite = drop_non_finite
         self.report: ProjectionReport | None = None
+        self.observer: Callable[[str, Tensor, Tensor], None] | None = None
         self._penalty: ReferencePenalty = TransportPenalty(anchor, penalty_scale, variance_eps)
         self._combiner = OneSidedGramSchmidt(projection_eps)
         self._groups: ParameterGroups | None = None
@@ -325,6 +330,8 @@ class GradientShield:
         assert self._projector is not None and self._groups is not None
         if self._groups.is_protected(name):
             self._projector.on_gradient(name, gradient)
+            if self.observer is not None and (reference := self._projector.reference(name)) is not None:
+                self.observer(self._groups.group_of(name), gradient.detach(), reference.detach())
         elif self.drop_non_finite:
             self._projector.watch(name, gradient)
 
