@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from hf_aegis.data import FASTTokenizer
 from hf_aegis.functional.normalization import DatasetStatistics, FeatureStatistics
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
@@ -145,6 +146,33 @@ def statistics() -> DatasetStatistics:
 @pytest.fixture
 def processor(vlm_processor, statistics) -> PaliGemmaFlowProcessor:
     return PaliGemmaFlowProcessor.from_vlm_processor(vlm_processor, statistics)
+
+
+@pytest.fixture
+def action_tokenizer() -> FASTTokenizer:
+    """Fitted to chunks of uniform noise, so that there are letters for any."""
+    chunks = np.random.default_rng(3).uniform(-1, 1, (200, 5, 3))
+    return FASTTokenizer.fit(list(chunks), vocab_size=100)
+
+
+@pytest.fixture
+def fast_processor(vlm_processor, statistics, action_tokenizer) -> PaliGemmaFlowProcessor:
+    return PaliGemmaFlowProcessor.from_vlm_processor(vlm_processor, statistics, action_tokenizer=action_tokenizer)
+
+
+@pytest.fixture
+def fast_batch(fast_processor, images) -> dict[str, torch.Tensor]:
+    """As `batch`, with the actions as FAST tokens behind each prompt."""
+    rng = np.random.default_rng(2)
+    return dict(
+        fast_processor.prepare_action_inputs(
+            images,
+            ["pick up the red cup", "pick up the bowl left of the blue cup", "pick bowl"],
+            state=rng.uniform(-1, 1, (3, 4)),
+            actions=rng.uniform(-1, 1, (3, 5, 3)),
+            action_tokens=True,
+        )
+    )
 
 
 @pytest.fixture
