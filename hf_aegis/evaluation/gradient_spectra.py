@@ -30,8 +30,8 @@ def gradient_spectra(
 
     Args:
         model (`torch.nn.Module`):
-            Takes a batch's items as keywords and returns an output with a `loss`; where that has a `flow_mse`, the flow
-            loss without its scale, it goes first.
+            Takes a batch's items as keywords and returns an output with a `loss`. Where that has a `flow_mse`, the
+            flow loss without its scale, it goes first.
         vqa_batches (`Iterable[Mapping]`): Teacher-forced inputs, as [`~data.vqa.VQACollator`] makes them.
         flow_batches (`Iterable[Mapping]`): With actions, as the collator of the robot data makes them.
         layers (`str` or `torch.nn.ModuleList`, *optional*): Where the decoder layers are, if they cannot be found.

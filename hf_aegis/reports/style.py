@@ -1,16 +1,141 @@
 """How the project's figures look: legible at README width, and distinguishable without colour vision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 
-# Okabe & Ito's palette; each condition also has its own line style, so that colour never carries a meaning alone.
-CONDITION_STYLES: dict[str, dict[str, Any]] = {
-    "pretrained": {"color": "#000000", "linestyle": ":", "label": "before fine-tuning"},
-    "naive": {"color": "#D55E00", "linestyle": "--", "label": "naive"},
-    "aegis": {"color": "#0072B2", "linestyle": "-", "label": "AEGIS"},
+WIDTH = 9.0
+"""Inches of a figure; shown 900 pixels wide, 9-point text stays legible."""
+
+REFERENCES = ("naive", "aegis")
+"""Conditions that every panel repeats faintly."""
+
+# Okabe & Ito's palette. Naive and AEGIS keep a colour each; in every panel the others take the next four.
+_BLACK, _BLUE, _VERMILION = "#000000", "#0072B2", "#D55E00"
+_OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+_LINES: tuple[Any, ...] = ("-.", (0, (6, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
+
+# Title -> condition -> label. What is compared in one set of axes.
+_PANELS: dict[str, dict[str, str]] = {
+    "the paper's conditions": {
+        "stop_gradient": "stop-gradient",
+        "stop_gradient_fast": "stop-gradient + FAST",
+        "lora": "LoRA",
+    },
+    "penalties": {
+        "ewc": "EWC",
+        "l2sp": "L2-SP",
+        "feature_distillation": "feature distillation",
+        "transport_loss": "transport loss",
+    },
+    "replayed VQA data": {
+        "a_gem": "A-GEM",
+        "pcgrad": "PCGrad",
+        "graddrop": "GradDrop",
+        "cotrain": "co-training",
+    },
+    "combinations": {
+        "aegis_lora": "AEGIS + LoRA",
+        "weight_interpolation": "weight interpolation",
+    },
+    "AEGIS: what is projected": {
+        "aegis_global": "AEGIS, global",
+        "aegis_tensor": "AEGIS, per tensor",
+        "aegis_image_tokens": "AEGIS, image tokens",
+        "aegis_text_tokens": "AEGIS, text tokens",
+    },
+    "AEGIS: its anchor and damping": {
+        "aegis_pooled": "AEGIS, pooled anchor",
+        "aegis_50_samples": "AEGIS, 50-sample anchor",
+        "aegis_300_samples": "AEGIS, 300-sample anchor",
+        "aegis_eps": "AEGIS, large ε",
+    },
 }
+_ABLATIONS = {name for title, members in _PANELS.items() if title.startswith("AEGIS:") for name in members}
+_MARKERS = ("s^D", "v<>p", "hP*d", "8H", "s^Dv", "<>ph")
+
+# Each condition also has its own line style and marker, so that colour never carries a meaning alone.
+CONDITION_STYLES: dict[str, dict[str, Any]] = {
+    "pretrained": {"color": _BLACK, "linestyle": ":", "marker": "", "label": "before fine-tuning"},
+    "naive": {"color": _VERMILION, "linestyle": "--", "marker": "X", "label": "naive"},
+    "aegis": {"color": _BLUE, "linestyle": "-", "marker": "o", "label": "AEGIS"},
+} | {
+    name: {"color": _OTHERS[i], "linestyle": _LINES[i], "marker": markers[i], "label": label}
+    for members, markers in zip(_PANELS.values(), _MARKERS, strict=True)
+    for i, (name, label) in enumerate(members.items())
+}
+
+
+class Panel(NamedTuple):
+    """Conditions that share a set of axes, and those that are repeated there faintly, to compare with."""
+
+    title: str
+    conditions: list[str]
+    references: list[str]
+
+
+def condition_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line style, marker and label of each condition; conditions unknown here take turns."""
+    styles: dict[str, dict[str, Any]] = {}
+    unknown = 0
+    for name in names:
+        if name in CONDITION_STYLES:
+            styles[name] = CONDITION_STYLES[name]
+            continue
+        turn = unknown % len(_OTHERS)
+        look = {"color": _OTHERS[turn], "linestyle": _LINES[turn], "marker": "s^Dv<>ph"[unknown % 8]}
+        styles[name] = {**look, "label": name.replace("_", " ")}
+        unknown += 1
+    return styles
+
+
+def condition_order(names: Iterable[str]) -> list[str]:
+    """The conditions in the order in which they are told: naive, AEGIS, then panel by panel, then unknown ones."""
+    known = list(CONDITION_STYLES)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def condition_panels(names: Iterable[str]) -> list[Panel]:
+    """Distributes conditions over panels, as few of them in one as can be told apart."""
+    ordered = condition_order(names)
+    references = [name for name in REFERENCES if name in ordered]
+    if len(ordered) <= len(references) + len(_OTHERS):
+        return [Panel("", ordered, [])]
+    groups = {title: [name for name in ordered if name in members] for title, members in _PANELS.items()}
+    unknown = [name for name in ordered if name not in CONDITION_STYLES]
+    for start in range(0, len(unknown), len(_OTHERS)):
+        groups["others" + (f", {start // len(_OTHERS) + 1}" if start else "")] = unknown[start : start + len(_OTHERS)]
+    panels = [Panel(title, members, references) for title, members in groups.items() if members]
+    first = panels[0]
+    if first.title == next(iter(_PANELS)):
+        panels[0] = Panel(first.title, condition_order([*references, *first.conditions]), [])
+    elif references:
+        panels.insert(0, Panel("naive and AEGIS", references, []))
+    return panels
+
+
+def split_ablations(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The conditions that are methods, and variants of AEGIS together with the two references."""
+    ordered = condition_order(names)
+    ablations = [name for name in ordered if name in _ABLATIONS]
+    methods = [name for name in ordered if name not in _ABLATIONS]
+    return methods, [*(name for name in ordered if name in REFERENCES), *ablations] if ablations else []
+
+
+def group_order(groups: Iterable[str]) -> list[str]:
+    """Projection groups from the lowest layer up, then the others by name."""
+
+    def key(group: str) -> tuple[bool, int, str]:
+        number = group.rpartition(".")[2]
+        return (not number.isdigit(), int(number) if number.isdigit() else 0, group)
+
+    return sorted(groups, key=key)
+
+
+def group_labels(groups: Sequence[str]) -> list[str]:
+    """Names of projection groups as axes show them."""
+    return [group.replace("layers.", "layer ").replace("multi_modal_", "").replace("_", " ") for group in groups]
 
 
 @contextmanager
@@ -35,7 +160,9 @@ def figure_style() -> Iterator[Any]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "lines.linewidth": 2.0,
+        "lines.markersize": 5.0,
         "legend.frameon": False,
+        "legend.fontsize": 10,
         "savefig.dpi": 130,
         "figure.constrained_layout.use": True,
     }

@@ -2,89 +2,99 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_aegis.reports.style import CONDITION_STYLES, figure_style
+from hf_aegis.reports.bands import Records, band, smooth
+from hf_aegis.reports.style import (
+    CONDITION_STYLES,
+    WIDTH,
+    condition_panels,
+    condition_styles,
+    figure_style,
+    group_labels,
+    group_order,
+)
 
 
-Records = Sequence[Mapping[str, Any]]
+SeedRuns = Mapping[str, Sequence[Records]]
+"""Conditions, each with the records of its runs, one run per seed."""
 
 
-def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have `key`."""
-    pairs = [(record["step"], record[key]) for record in records if key in record]
-    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.asarray(steps), np.asarray(values, dtype=float)
+class _Curve(NamedTuple):
+    key: str
+    label: str
+    scale: float = 1.0
+    # Of a loss on batches, which scatters: the mean over neighbouring steps is drawn, and the curve itself faintly.
+    smooth: bool = False
+    # Zero means something that is not on the axis otherwise.
+    from_zero: bool = True
+
+
+_VQA = (
+    _Curve("vqa_cross_entropy", "VQA cross-entropy\n(nats per token)"),
+    _Curve("vqa_accuracy", "VQA accuracy (%)", 100, from_zero=False),
+)
+_FLOW = (
+    _Curve("flow_mse", "flow MSE\non training batches", smooth=True),
+    _Curve("eval_flow_mse", "flow MSE on held-out\ndemonstrations", from_zero=False),
+)
+_PROJECTION = (
+    _Curve("throttle_rate", "groups in\nconflict (%)", 100),
+    _Curve("energy_shed", "gradient energy\nshed (%)", 100),
+    _Curve("cosine", "cosine of task and\nreference gradient", from_zero=False),
+    _Curve("penalty", "transport\npenalty"),
+)
 
 
 def plot_vqa(runs: Mapping[str, Records], path: Path) -> None:
     """VQA cross-entropy and accuracy on the hold-out over training steps, one line per condition."""
-    with figure_style() as pyplot:
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
-        for name, records in runs.items():
-            style = CONDITION_STYLES[name]
-            axes[0].plot(*series(records, "vqa_cross_entropy"), **style)
-            steps, accuracy = series(records, "vqa_accuracy")
-            axes[1].plot(steps, 100 * accuracy, **style)
-        for axis, records_key, scale in ((axes[0], "vqa_cross_entropy", 1), (axes[1], "vqa_accuracy", 100)):
-            _, first = series(next(iter(runs.values())), records_key)
-            axis.axhline(scale * first[0], **CONDITION_STYLES["pretrained"])
-            axis.set_xlabel("training step")
-        axes[0].set_ylabel("VQA cross-entropy (nats/token)")
-        axes[1].set_ylabel("VQA accuracy (%)")
-        axes[0].set_ylim(bottom=0)
-        axes[0].legend()
-        figure.savefig(path)
-        pyplot.close(figure)
+    plot_vqa_over_seeds({name: [records] for name, records in runs.items()}, path)
 
 
 def plot_flow(runs: Mapping[str, Records], loss_scale: float, path: Path) -> None:
-    """Flow-matching loss on training batches (faint) and on held-out demonstrations (marked) over training steps."""
-    with figure_style() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(6, 3.6))
-        for name, records in runs.items():
-            style = CONDITION_STYLES[name]
-            steps, loss = series(records, "loss")
-            axis.plot(steps, loss / loss_scale, **{**style, "alpha": 0.35, "label": f"{style['label']}, training"})
-            steps, held_out = series(records, "eval_loss")
-            axis.plot(steps, held_out / loss_scale, **{**style, "marker": "o", "label": f"{style['label']}, held out"})
-        axis.set_xlabel("training step")
-        axis.set_ylabel("flow-matching MSE")
-        axis.set_ylim(bottom=0)
-        axis.legend(ncols=2, fontsize=9)
-        figure.savefig(path)
-        pyplot.close(figure)
+    """
+    Flow-matching MSE on training batches and on held-out demonstrations over training steps. Runs that logged their
+    scaled loss alone are divided by `loss_scale`.
+    """
+    plot_flow_over_seeds({name: [_unscaled(records, loss_scale)] for name, records in runs.items()}, path)
 
 
 def plot_projection(metrics: Records, projection: Records, path: Path) -> None:
     """Throttle rate, energy shed, cosine and penalty over training steps, and a map of conflicts by layer and step."""
-    groups = sorted({group for record in projection for group in record["groups"]}, key=_layer_order)
-    last = max(record["step"] for record in projection)
-    cosines = np.full((len(groups), last), np.nan)
-    for record in projection:
-        for group, cosine in zip(record["groups"], record["cosine"], strict=True):
-            cosines[groups.index(group), record["step"] - 1] = cosine
-    panels = (
-        ("throttle_rate", 100, "groups in\nconflict (%)"),
-        ("energy_shed", 100, "gradient energy\nshed (%)"),
-        ("cosine", 1, "cosine of task and\nanchor gradient"),
-        ("penalty", 1, "transport\npenalty"),
-    )
+    plot_projection_over_seeds([metrics], [projection], path)
+
+
+def plot_vqa_over_seeds(runs: SeedRuns, path: Path) -> None:
+    """As [`plot_vqa`], with the mean over each condition's seeds and a band around it."""
+    _plot(runs, _VQA, path, before_training=True)
+
+
+def plot_flow_over_seeds(runs: SeedRuns, path: Path) -> None:
+    """As [`plot_flow`] of logged MSEs, with the mean over each condition's seeds and a band around it."""
+    _plot(runs, _FLOW, path)
+
+
+def plot_projection_over_seeds(
+    metrics: Sequence[Records], projections: Sequence[Records], path: Path, condition: str = "aegis"
+) -> None:
+    """As [`plot_projection`], with means over the runs of one condition, one per seed."""
+    groups, cosines = conflict_map(projections)
+    style = condition_styles([condition])[condition]
     with figure_style() as pyplot:
-        figure = pyplot.figure(figsize=(9, 7.2))
-        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.15))
-        for index, (key, scale, label) in enumerate(panels):
+        map_height = max(2.4, 0.17 * len(groups) + 0.8)
+        figure = pyplot.figure(figsize=(WIDTH, 4.4 + map_height))
+        grid = figure.add_gridspec(3, 2, height_ratios=(2.2, 2.2, map_height))
+        for index, curve in enumerate(_PROJECTION):
             axis = figure.add_subplot(grid[index // 2, index % 2])
-            steps, values = series(metrics, key)
-            axis.plot(steps, scale * values, color=CONDITION_STYLES["aegis"]["color"])
-            axis.set_ylabel(label)
-            axis.set_xlabel("training step")
-            if key == "cosine":
-                axis.axhline(0, color="black", linewidth=0.8)
-            else:
+            _draw(axis, metrics, curve, {**style, "marker": ""})
+            if curve.from_zero:
                 axis.set_ylim(bottom=0)
+            else:
+                axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_ylabel(curve.label)
+            axis.set_xlabel("training step")
         axis = figure.add_subplot(grid[2, :])
         limit = float(np.nanquantile(np.abs(cosines), 0.98)) or 1.0
         image = axis.imshow(
@@ -94,20 +104,105 @@ def plot_projection(metrics: Records, projection: Records, path: Path) -> None:
             vmin=-limit,
             vmax=limit,
             interpolation="nearest",
-            extent=(0.5, last + 0.5, len(groups) - 0.5, -0.5),
+            extent=(0.5, cosines.shape[1] + 0.5, len(groups) - 0.5, -0.5),
         )
-        axis.set_yticks(range(len(groups)), [_label(group) for group in groups], fontsize=9)
+        axis.set_yticks(range(len(groups)), group_labels(groups), fontsize=9)
         axis.set_xlabel("training step")
         axis.grid(False)
-        figure.colorbar(image, ax=axis, label="cosine (negative: conflict)")
-        figure.savefig(path)
+        figure.colorbar(
+            image, ax=axis, location="bottom", aspect=50, pad=0.03, label="cosine of the group (negative: conflict)"
+        )
+        figure.savefig(path, format="png")
         pyplot.close(figure)
 
 
-def _layer_order(group: str) -> tuple[bool, int, str]:
-    number = group.rpartition(".")[2]
-    return (not number.isdigit(), int(number) if number.isdigit() else 0, group)
+def conflict_map(projections: Sequence[Records]) -> tuple[list[str], np.ndarray]:
+    """Groups, lowest layer first, and the mean cosine of each at each step over runs and backward passes, `(G, S)`."""
+    records = [record for projection in projections for record in projection]
+    groups = group_order({group for record in records for group in record["groups"]})
+    row = {group: index for index, group in enumerate(groups)}
+    sums = np.zeros((len(groups), max(record["step"] for record in records)))
+    counts = np.zeros_like(sums)
+    for record in records:
+        for group, cosine in zip(record["groups"], record["cosine"], strict=True):
+            if cosine is not None:
+                sums[row[group], record["step"] - 1] += cosine
+                counts[row[group], record["step"] - 1] += 1
+    return groups, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _label(group: str) -> str:
-    return group.replace("layers.", "layer ").replace("multi_modal_", "").replace("_", " ")
+def _unscaled(records: Records, loss_scale: float) -> list[dict[str, Any]]:
+    unscaled = []
+    for record in records:
+        of_loss = {
+            mse: record[loss] / loss_scale
+            for loss, mse in (("loss", "flow_mse"), ("eval_loss", "eval_flow_mse"))
+            if record.get(loss) is not None
+        }
+        unscaled.append({**of_loss, **record})
+    return unscaled
+
+
+def _plot(runs: SeedRuns, curves: Sequence[_Curve], path: Path, before_training: bool = False) -> None:
+    """A row of axes for each panel of conditions, a column for each curve and one for legends."""
+    panels = condition_panels(runs)
+    styles = condition_styles(runs)
+    with figure_style() as pyplot:
+        figure = pyplot.figure(figsize=(WIDTH, 2.6 * len(panels) + 0.5))
+        # The last column holds the longest label, so that all rows are alike.
+        grid = figure.add_gridspec(len(panels), len(curves) + 1, width_ratios=(*[1] * len(curves), 0.72))
+        columns: list[list[Any]] = [[] for _ in curves]
+        for row, panel in enumerate(panels):
+            for index, (curve, column) in enumerate(zip(curves, columns, strict=True)):
+                axis = figure.add_subplot(grid[row, index], sharex=column[0] if column else None)
+                column.append(axis)
+                for name in panel.references:
+                    faint = {"alpha": 0.45, "linewidth": 1.3, "marker": ""}
+                    faint["label"] = f"{styles[name]['label']} (again)"
+                    _draw(axis, runs[name], curve, {**styles[name], **faint}, reference=True)
+                for name in panel.conditions:
+                    _draw(axis, runs[name], curve, styles[name])
+                if before_training:
+                    _draw_before(axis, runs, curve)
+                axis.set_ylabel(curve.label)
+            columns[0][-1].set_title(panel.title, fontsize=11, fontweight="bold", loc="left")
+            beside = figure.add_subplot(grid[row, -1])
+            beside.axis("off")
+            beside.legend(*columns[0][-1].get_legend_handles_labels(), loc="center left", handlelength=2.6)
+        for column, curve in zip(columns, curves, strict=True):
+            column[-1].set_xlabel("training step")
+            _share_scale(column, curve.from_zero)
+        figure.savefig(path, format="png")
+        pyplot.close(figure)
+
+
+def _draw(
+    axis: Any, runs: Sequence[Records], curve: _Curve, style: Mapping[str, Any], reference: bool = False
+) -> None:
+    steps, mean, low, high = (np.asarray(values) for values in band(runs, curve.key))
+    line = curve.scale * mean
+    if curve.smooth:
+        window = max(1, len(line) // 15)
+        if not reference:
+            axis.plot(steps, line, color=style["color"], alpha=0.3, linewidth=0.8)
+        line, low, high = smooth(line, window), smooth(low, window), smooth(high, window)
+        style = {**style, "marker": ""}
+    # At most about ten markers: they tell lines apart, not the steps that were measured.
+    axis.plot(steps, line, **{"markevery": max(1, len(steps) // 10), **style})
+    if len(runs) > 1 and not reference:
+        axis.fill_between(steps, curve.scale * low, curve.scale * high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _draw_before(axis: Any, runs: SeedRuns, curve: _Curve) -> None:
+    """The level before training, which is that of every condition: they have one start."""
+    for of_condition in runs.values():
+        found = band(of_condition, curve.key)
+        if len(found.steps) and found.steps[0] == 0:
+            axis.axhline(curve.scale * found.mean[0], **CONDITION_STYLES["pretrained"])
+            return
+
+
+def _share_scale(axes: Sequence[Any], from_zero: bool) -> None:
+    limits = [axis.get_ylim() for axis in axes if axis.has_data()]
+    for axis in axes:
+        axis.set_ylim(0 if from_zero else min(low for low, _ in limits), max(high for _, high in limits))
