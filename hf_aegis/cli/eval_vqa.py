@@ -1,13 +1,21 @@
 """`hf-aegis eval-vqa`: cross-entropy and accuracy of a model on questions about images, by question type."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.device import resolve_device
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+METRICS = ("cross_entropy", "accuracy")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +25,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=str(EMBEDDED_VLM),
         help="folder or Hub id of a PaliGemma, with or without an action expert (default: the embedded one)",
     )
+    parser.add_argument("--revision", help="revision of the model on the Hub (default: its main branch)")
     parser.add_argument(
-        "--dataset", choices=["easy-vqa"], default="easy-vqa", help="which questions (default: easy-vqa)"
+        "--dataset",
+        default="easy-vqa",
+        help="'easy-vqa', a dataset that `datasets` loads (Hub id or folder), or a folder of images with "
+        "<split>.jsonl (default: easy-vqa)",
     )
-    parser.add_argument("--split", choices=["train", "test"], default="test", help="which part (default: test)")
+    parser.add_argument(
+        "--split", help="which part (default: 'test' of easy-vqa; of other datasets the only one there is)"
+    )
+    parser.add_argument("--dataset_revision", help="revision of the dataset on the Hub (default: its main branch)")
+    parser.add_argument(
+        "--columns",
+        help='JSON object of the columns whose names are not common, e.g. \'{"answers": "labels"}\' '
+        "(fields: image, question, answer, answers, question_type, answer_type, question_id)",
+    )
+    parser.add_argument(
+        "--streaming", action="store_true", help="read only as much of a dataset on the Hub as max_samples need"
+    )
     parser.add_argument("--max_samples", type=int, help="only the first N questions (default: all)")
     parser.add_argument("--seed", type=int, help="shuffle the questions before taking the first N (default: do not)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=METRICS,
+        help="what to measure; any-match comes with accuracy (default: both)",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="questions per forward pass (default: 64)")
-    parser.add_argument("--revision", help="revision of the model on the Hub (default: its main branch)")
     parser.add_argument(
         "--attn_implementation", default="eager", help="attention implementation of the model (default: eager)"
     )
@@ -35,59 +64,132 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="'auto' takes the GPU where there is one (default: auto)",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
-    parser.add_argument("--output", type=Path, help="also write the scores to this JSON file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="also write the scores to this JSON file, and each answer to <output>.predictions.jsonl beside it, from "
+        "which a run that was stopped continues",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates the model, prints a table and the scores as JSON."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
-    import hf_aegis.models  # noqa: F401 (registers the models with an action expert)
-    from hf_aegis.data.vqa import VQA_PROMPT, load_easy_vqa
-    from hf_aegis.evaluation.vqa import VQAHoldout
+    from hf_aegis.data.vqa import VQA_PROMPT
+    from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
+    from hf_aegis.evaluation.vqa_survey import survey
 
     # A wrong option should not cost the loading of a large model first.
-    samples = load_easy_vqa(arguments.split, arguments.max_samples, arguments.seed)
+    split = "test" if arguments.split is None and arguments.dataset == EASY_VQA else arguments.split
+    columns = _columns(arguments.columns)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1; found {arguments.batch_size}.")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist.")
-    device = resolve_device(arguments.device)
+    output: Path | None = arguments.output
+    if output is not None and not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: the folder {output.parent} does not exist.")
+    samples = load_vqa(
+        arguments.dataset,
+        split,
+        arguments.max_samples,
+        arguments.seed,
+        revision=arguments.dataset_revision,
+        columns=columns,
+        streaming=arguments.streaming,
+    )
+    settings = {
+        "model": arguments.model,
+        "revision": arguments.revision,
+        "weights_sha256": _hash_weights(Path(arguments.model)),
+        "dataset": arguments.dataset,
+        "split": split,
+        "dataset_revision": arguments.dataset_revision,
+        "columns": columns,
+        "streaming": arguments.streaming,
+        "max_samples": arguments.max_samples,
+        "seed": arguments.seed,
+        "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+        "device": resolve_device(arguments.device),
+    }
+    result, fingerprint = survey(
+        lambda: _load_model(arguments),
+        samples,
+        AutoProcessor.from_pretrained(arguments.model, revision=arguments.revision),
+        batch_size=arguments.batch_size,
+        cross_entropy="cross_entropy" in arguments.metrics,
+        accuracy="accuracy" in arguments.metrics,
+        predictions=output.with_suffix(".predictions.jsonl") if output is not None else None,
+        settings=settings,
+    )
+    scores = {
+        **settings,
+        "prompt": VQA_PROMPT,
+        "batch_size": arguments.batch_size,
+        "fingerprint": fingerprint,
+        **result.to_dict(),
+    }
+    print(format_table(scores))
+    text = json.dumps(scores, indent=2)
+    print(text)
+    if output is not None:
+        write_text(output, text + "\n")
+
+
+def format_table(scores: dict[str, Any]) -> str:
+    """
+    One line per question type and one for all: count, accuracy in per cent with its 95 % interval, any-match in per
+    cent, cross-entropy in nats per token; "-" for what was not measured.
+    """
+    rows = {**scores["by_type"], "all": scores}
+    width = max(12, *(len(name) + 2 for name in rows))
+    lines = [f"{'questions':<{width}}{'count':>8}{'accuracy':>11}{'95 %':>16}{'any match':>12}{'CE':>9}"]
+    for name, row in rows.items():
+        accuracy = any_match = interval = loss = "-"
+        if "accuracy" in row:
+            accuracy = f"{100 * row['accuracy']:.2f} %"
+            interval = "{:.2f} – {:.2f}".format(*(100 * bound for bound in row["accuracy_interval"]))
+        if "any_match" in row:
+            any_match = f"{100 * row['any_match']:.2f} %"
+        if "cross_entropy" in row:
+            loss = f"{row['cross_entropy']:.4f}"
+        lines.append(f"{name:<{width}}{row['count']:>8}{accuracy:>11}{interval:>16}{any_match:>12}{loss:>9}")
+    return "\n".join(lines)
+
+
+def _load_model(arguments: argparse.Namespace) -> "torch.nn.Module":
+    from transformers import AutoModelForImageTextToText
+
+    import hf_aegis.models  # noqa: F401 (registers the models with an action expert)
+
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         arguments.model,
         revision=arguments.revision,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
     )
-    model.to(device)
-    processor = AutoProcessor.from_pretrained(arguments.model, revision=arguments.revision)
-    holdout = VQAHoldout(samples, processor, batch_size=arguments.batch_size)
-    scores = {
-        "model": arguments.model,
-        "revision": arguments.revision,
-        "dataset": arguments.dataset,
-        "split": arguments.split,
-        "prompt": VQA_PROMPT,
-        "dtype": arguments.dtype,
-        "attn_implementation": arguments.attn_implementation,
-        "device": device,
-        "fingerprint": holdout.fingerprint,
-        **holdout.evaluate(model).to_dict(),
-    }
-    print(format_table(scores))
-    text = json.dumps(scores, indent=2)
-    print(text)
-    if arguments.output is not None:
-        write_text(arguments.output, text + "\n")
+    return model.to(resolve_device(arguments.device))
 
 
-def format_table(scores: dict[str, Any]) -> str:
-    """One line per question type and one for all: count, accuracy in per cent, cross-entropy in nats per token."""
-    rows = {**scores["by_type"], "all": scores}
-    lines = [f"{'questions':<12}{'count':>8}{'accuracy':>11}{'CE':>9}"]
-    lines += [
-        f"{name:<12}{row['count']:>8}{100 * row['accuracy']:>9.2f} %{row['cross_entropy']:>9.4f}"
-        for name, row in rows.items()
-    ]
-    return "\n".join(lines)
+def _columns(text: str | None) -> dict[str, str | None] | None:
+    if text is None:
+        return None
+    try:
+        columns = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--columns must be a JSON object; found {text!r}: {error}") from error
+    if not isinstance(columns, dict) or not all(isinstance(name, str | None) for name in columns.values()):
+        raise ValueError(f"--columns must be a JSON object of column names; found {text!r}.")
+    return columns
+
+
+def _hash_weights(folder: Path) -> str | None:
+    # A folder may hold another model tomorrow; what is on the Hub is told by its revision.
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,39 +1,18 @@
-"""Questions about images: samples, the easy-VQA set, and the collator that turns samples into PaliGemma inputs."""
+"""Questions about images: the easy-VQA set, and the collator that turns samples into PaliGemma inputs."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from transformers import BatchFeature
 
+from hf_aegis.data.vqa_samples import VQAAnnotation, VQASample, VQASamples, choose
 
-logger = logging.getLogger(__name__)
+
+__all__ = ["VQA_PROMPT", "VQAAnnotation", "VQACollator", "VQASample", "VQASamples", "load_easy_vqa"]
 
 VQA_PROMPT = "answer en {question}"
 """The prompt PaliGemma was pre-trained with for short answers in English."""
-
-
-@dataclass(frozen=True)
-class VQASample:
-    """
-    One question about one image, with its ground-truth answer.
-
-    Args:
-        image (`PIL.Image.Image`): an RGB image.
-        question (`str`): the question, without prompt or image token.
-        answer (`str`): the ground-truth answer.
-        question_type (`str`, *optional*): what scores are grouped by.
-        name (`str`, *optional*): where the sample came from, for error messages.
-    """
-
-    image: Image.Image
-    question: str
-    answer: str
-    question_type: str | None = None
-    name: str | None = None
 
 
 def load_easy_vqa(split: str, max_samples: int | None = None, seed: int | None = None) -> list[VQASample]:
@@ -67,17 +46,10 @@ def load_easy_vqa(split: str, max_samples: int | None = None, seed: int | None =
         (questions, answers, image_ids), paths = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
     else:
         raise ValueError(f"easy-VQA has the splits 'train' and 'test'; found split={split!r}.")
-    if max_samples is not None and not 1 <= max_samples <= len(questions):
-        raise ValueError(
-            f"max_samples must lie between 1 and the {len(questions)} questions of easy-VQA's {split} split; "
-            f"found {max_samples}."
-        )
-
-    order = np.arange(len(questions)) if seed is None else np.random.default_rng(seed).permutation(len(questions))
-    order = order[:max_samples]
+    order = choose(len(questions), max_samples, seed, f"easy-VQA's {split} split")
     images: dict[int, Image.Image] = {}
     samples = []
-    for index in order.tolist():
+    for index in order:
         image_id = image_ids[index]
         if image_id not in images:
             with Image.open(paths[image_id]) as image:
@@ -89,6 +61,7 @@ def load_easy_vqa(split: str, max_samples: int | None = None, seed: int | None =
                 answer=answers[index],
                 question_type=_easy_vqa_type(answers[index]),
                 name=f"easy-vqa/{split}/{index} (image {image_id})",
+                question_id=f"{split}/{index}",
             )
         )
     return samples
@@ -134,6 +107,7 @@ class VQACollator:
         Raises:
             ValueError: if there are no samples, or an image is not RGB or is empty; the sample is named.
         """
+        samples = list(samples)
         return self._process(samples, padding_side="right", suffix=[sample.answer for sample in samples])
 
     def prompts(self, samples: Sequence[VQASample]) -> BatchFeature:
@@ -148,6 +122,7 @@ class VQACollator:
     def _process(self, samples: Sequence[VQASample], **kwargs: Any) -> BatchFeature:
         if not samples:
             raise ValueError("VQACollator needs at least one sample; found none.")
+        samples = list(samples)
         for index, sample in enumerate(samples):
             _check_image(sample, index)
         # NumPy first: the processor builds its labels with NumPy, which warns about tensors.

@@ -1,6 +1,8 @@
-"""What a model still knows: question answering on a fixed hold-out."""
+"""What a model still knows: question answering, scored as published."""
 
-from .vqa import VQAHoldout, VQAResult, VQAScore
+from .vqa import VQAHoldout
+from .vqa_scores import VQARecord, VQAResult, VQAScore
+from .vqa_survey import survey
 
 
-__all__ = ["VQAHoldout", "VQAResult", "VQAScore"]
+__all__ = ["VQAHoldout", "VQARecord", "VQAResult", "VQAScore", "survey"]

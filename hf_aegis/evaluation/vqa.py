@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,50 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from hf_aegis.data.vqa import VQA_PROMPT, VQACollator, VQASample
-from hf_aegis.functional.vqa_answers import exact_match
+from hf_aegis.data.vqa_samples import VQAAnnotation, VQASamples
+from hf_aegis.evaluation.vqa_scores import VQARecord, VQAResult, VQAScore
 
 
-@dataclasses.dataclass(frozen=True)
-class VQAScore:
-    """
-    Scores over a set of samples.
-
-    Args:
-        count (`int`): number of samples.
-        cross_entropy (`float`, *optional*):
-            Teacher-forced cross-entropy in nats per token: the mean over each answer's tokens (its end-of-sequence
-            token included), then the mean over samples, so that long answers weigh no more than short ones.
-        accuracy (`float`, *optional*): share of answers generated greedily that match exactly.
-    """
-
-    count: int
-    cross_entropy: float | None = None
-    accuracy: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class VQAResult(VQAScore):
-    """
-    Scores over all samples, and of each question type.
-
-    Args:
-        by_type (`dict[str, VQAScore]`): scores per question type, sorted by name; empty if samples carry no type.
-        predictions (`list[str]`): the generated answers in the hold-out's order; empty if none were generated.
-    """
-
-    by_type: dict[str, VQAScore] = dataclasses.field(default_factory=dict)
-    predictions: list[str] = dataclasses.field(default_factory=list, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON, without the predictions; what was not measured is left out."""
-        result = dataclasses.asdict(self)
-        del result["predictions"]
-        result["by_type"] = {name: _measured(scores) for name, scores in result["by_type"].items()}
-        return _measured(result)
-
-
-def _measured(scores: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in scores.items() if value is not None}
+__all__ = ["VQAHoldout", "VQAResult", "VQAScore", "answer_length", "fingerprint"]
 
 
 class VQAHoldout:
@@ -71,6 +32,10 @@ class VQAHoldout:
         processor (`PaliGemmaProcessor`): the model's processor.
         prompt (`str`, *optional*, defaults to `"answer en {question}"`): what is asked.
         batch_size (`int`, *optional*, defaults to `64`): samples per forward pass; results do not depend on it.
+        max_new_tokens (`int`, *optional*):
+            where generation stops; by default where the longest ground truth and its end of the sequence would, since
+            a longer answer is wrong whatever follows.
+        progress (`bool`, *optional*, defaults to `True`): whether bars are shown on a terminal.
 
     Attributes:
         fingerprint (`str`): SHA-256 of images, questions, answers and prompt; equal for equal hold-outs.
@@ -92,35 +57,40 @@ class VQAHoldout:
         processor: Any,
         prompt: str = VQA_PROMPT,
         batch_size: int = 64,
+        max_new_tokens: int | None = None,
+        progress: bool = True,
     ):
         if not samples:
             raise ValueError("VQAHoldout needs at least one sample; found none.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; found {batch_size}.")
-        self.samples = list(samples)
+        # Decoded photographs would fill the memory: those of a lazy set stay encoded.
+        self.samples = samples if isinstance(samples, VQASamples) else list(samples)
         self.batch_size = batch_size
+        self.progress = progress
         self._tokenizer = processor.tokenizer
         self._rows: list[dict[str, torch.Tensor]] = []
         # Several questions share an image: each image is kept once.
         self._images: list[torch.Tensor] = []
         self._image_of: list[int] = []
-        digest = hashlib.sha256(prompt.encode())
+        self._records: list[VQARecord] = []
         collator, positions = VQACollator(processor, prompt), {}
-        chunks = [self.samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-        for chunk in tqdm(chunks, desc="VQA hold-out", leave=False, disable=None):
+        for indices in self._batches("VQA hold-out"):
+            chunk = list(self.samples[indices[0] : indices[-1] + 1])
             inputs = collator(chunk)
             pixel_values, attention_mask = inputs.pop("pixel_values"), inputs.pop("attention_mask").bool()
             for row, sample in enumerate(chunk):
                 self._rows.append({key: inputs[key][row][attention_mask[row]] for key in inputs})
-                if id(sample.image) not in positions:
-                    positions[id(sample.image)] = len(self._images)
+                image = _image_digest(sample)
+                if image not in positions:
+                    positions[image] = len(self._images)
                     self._images.append(pixel_values[row].clone())
-                    digest.update(repr(sample.image.size).encode() + sample.image.tobytes())
-                self._image_of.append(positions[id(sample.image)])
-                digest.update(repr((self._image_of[-1], sample.question, sample.answer)).encode())
-        self.fingerprint = digest.hexdigest()
-        # An answer longer than every ground truth is wrong whatever follows, so nothing beyond is generated.
-        self._max_new_tokens = max(int((row["labels"] != -100).sum()) for row in self._rows)
+                self._image_of.append(positions[image])
+                self._records.append(VQARecord(sample.annotation, _digest(image, sample.annotation)))
+        self.fingerprint = fingerprint(prompt, self._records)
+        if max_new_tokens is None:
+            max_new_tokens = answer_length(self._tokenizer, [record.annotation for record in self._records])
+        self._max_new_tokens = max_new_tokens
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,15 +105,22 @@ class VQAHoldout:
         Returns:
             `VQAResult`: both scores, in total and by question type.
         """
-        teacher_forced, generated = self.evaluate_cross_entropy(model), self.evaluate_accuracy(model)
-        by_type = {
-            name: dataclasses.replace(scores, cross_entropy=teacher_forced.by_type[name].cross_entropy)
-            for name, scores in generated.by_type.items()
-        }
-        return dataclasses.replace(generated, cross_entropy=teacher_forced.cross_entropy, by_type=by_type)
+        return VQAResult.of(self.ask(model))
 
     def evaluate_cross_entropy(self, model: torch.nn.Module) -> VQAResult:
         """Teacher-forced cross-entropy alone (see [`VQAScore`] for the mean that is taken); see `evaluate`."""
+        return VQAResult.of(self.ask(model, accuracy=False))
+
+    def evaluate_accuracy(self, model: torch.nn.Module) -> VQAResult:
+        """Accuracy of greedily generated answers alone (see [`VQAScore`]), and the answers; see `evaluate`."""
+        return VQAResult.of(self.ask(model, cross_entropy=False))
+
+    def ask(self, model: torch.nn.Module, cross_entropy: bool = True, accuracy: bool = True) -> list[VQARecord]:
+        """What comes of each question, in their order; see `evaluate`."""
+        records = self._teacher_forced_records(model) if cross_entropy else self._records
+        return self._answered(model, records) if accuracy else records
+
+    def _teacher_forced_records(self, model: torch.nn.Module) -> list[VQARecord]:
         values: list[float] = []
         with _evaluating(model) as device:
             for indices in self._batches("VQA cross-entropy"):
@@ -155,27 +132,26 @@ class VQAHoldout:
                 labels = labels[:, answered]
                 losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
                 values += (losses.sum(1) / (labels != -100).sum(1)).tolist()
-        return self._result("cross_entropy", values)
+        return [
+            dataclasses.replace(record, cross_entropy=value)
+            for record, value in zip(self._records, values, strict=True)
+        ]
 
-    def evaluate_accuracy(self, model: torch.nn.Module) -> VQAResult:
-        """Exact match of greedily generated answers alone, and the answers themselves; see `evaluate`."""
+    def _answered(self, model: torch.nn.Module, records: list[VQARecord]) -> list[VQARecord]:
         predictions: list[str] = []
         with _evaluating(model) as device:
             for indices in self._batches("VQA accuracy"):
                 inputs = self._prompts(indices, device)
-                # Training turns the cache off in the model's configuration; generation needs it back.
                 tokens = model.generate(  # type: ignore[operator]
                     **inputs, max_new_tokens=self._max_new_tokens, do_sample=False, num_beams=1, use_cache=True
                 )
                 answers = tokens[:, inputs["input_ids"].shape[1] :]
                 predictions += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        pairs = zip(predictions, self.samples, strict=True)
-        values = [float(exact_match(prediction, sample.answer)) for prediction, sample in pairs]
-        return dataclasses.replace(self._result("accuracy", values), predictions=predictions)
+        return [record.answered(prediction) for record, prediction in zip(records, predictions, strict=True)]
 
     def _batches(self, description: str) -> Iterator[list[int]]:
         starts = range(0, len(self), self.batch_size)
-        for start in tqdm(starts, desc=description, leave=False, disable=None):
+        for start in tqdm(starts, desc=description, leave=False, disable=None if self.progress else True):
             yield list(range(start, min(start + self.batch_size, len(self))))
 
     def _teacher_forced(self, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -199,18 +175,28 @@ class VQAHoldout:
         batch["pixel_values"] = torch.stack([self._images[self._image_of[index]] for index in indices])
         return {key: value.to(device) for key, value in batch.items()}
 
-    def _result(self, measure: str, values: list[float]) -> VQAResult:
-        groups: dict[str, list[float]] = {}
-        for sample, value in zip(self.samples, values, strict=True):
-            if sample.question_type is not None:
-                groups.setdefault(sample.question_type, []).append(value)
-        total = VQAScore(len(values), **{measure: _mean(values)})
-        by_type = {name: VQAScore(len(group), **{measure: _mean(group)}) for name, group in sorted(groups.items())}
-        return VQAResult(total.count, total.cross_entropy, total.accuracy, by_type)
+
+def fingerprint(prompt: str, records: Sequence[VQARecord]) -> str:
+    """SHA-256 of a prompt and of the images, questions and answers asked with it, in their order."""
+    digest = hashlib.sha256(prompt.encode())
+    for record in records:
+        digest.update(record.digest.encode())
+    return digest.hexdigest()
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def answer_length(tokenizer: Any, annotations: Iterable[VQAAnnotation]) -> int:
+    """Tokens of the longest ground truth, any annotator's, with its end-of-sequence token."""
+    answers = {text for annotation in annotations for text in (annotation.answer, *(annotation.answers or ()))}
+    return max(map(len, tokenizer(sorted(answers), add_special_tokens=False)["input_ids"])) + 1
+
+
+def _image_digest(sample: VQASample) -> str:
+    return hashlib.sha256(repr(sample.image.size).encode() + sample.image.tobytes()).hexdigest()
+
+
+def _digest(image: str, annotation: VQAAnnotation) -> str:
+    truth = (image, annotation.question, annotation.answer, annotation.answers)
+    return hashlib.sha256(repr(truth).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -5,12 +5,40 @@ import pytest
 
 from hf_aegis.cli import eval_vqa
 from hf_aegis.cli.device import resolve_device
+from hf_aegis.data.vqa import load_easy_vqa
+from hf_aegis.evaluation import VQAHoldout
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 
 def run(*options):
     parser = argparse.ArgumentParser()
     eval_vqa.configure(parser)
     return eval_vqa.run(parser.parse_args([str(option) for option in options]))
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_model, tiny_processor):
+    """A folder with the tiny model."""
+    folder = tmp_path / "model"
+    tiny_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten of easy-VQA's questions as a folder, half of them with ten annotators."""
+    path = tmp_path / "set"
+    path.mkdir()
+    lines = []
+    for index, sample in enumerate(load_easy_vqa("test", 10, seed=1)):
+        sample.image.save(path / f"{index}.png")
+        line = {"image": f"{index}.png", "question": sample.question, "answer_type": "other", "question_id": index}
+        lines.append(line | {"answers": [sample.answer] * 7 + ["red", "blue", "a red"], "question_type": "what"})
+    (path / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def test_the_embedded_model_is_scored_by_question_type(tmp_path, capsys):
@@ -23,7 +51,99 @@ def test_the_embedded_model_is_scored_by_question_type(tmp_path, capsys):
     right = sum(row["count"] * row["accuracy"] for row in scores["by_type"].values())
     assert scores["accuracy"] == pytest.approx(right / 60)
     assert f"{100 * scores['accuracy']:.2f} %" in printed
-    assert list(tmp_path.iterdir()) == [output]
+    low, high = scores["accuracy_interval"]
+    assert low <= scores["accuracy"] <= high
+    assert "any_match" not in scores
+    assert set(tmp_path.iterdir()) == {output, tmp_path / "scores.predictions.jsonl"}
+
+
+def test_scores_and_fingerprint_are_those_of_the_holdout(tmp_path, tiny, tiny_model, tiny_processor):
+    run("--model", tiny, "--max_samples", 12, "--seed", 3, "--batch_size", 5, "--output", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    holdout = VQAHoldout(load_easy_vqa("test", 12, seed=3), tiny_processor)
+    expected = holdout.evaluate(tiny_model)
+    assert scores["fingerprint"] == holdout.fingerprint
+    assert scores["accuracy"] == expected.accuracy
+    assert scores["cross_entropy"] == pytest.approx(expected.cross_entropy, abs=1e-5)
+    assert scores["by_type"].keys() == expected.by_type.keys()
+    lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines[1:]] == expected.predictions
+
+
+def test_a_killed_run_continues_and_a_finished_one_is_not_repeated(tmp_path, tiny, folder, monkeypatch, capsys):
+    output, predictions = tmp_path / "scores.json", tmp_path / "scores.predictions.jsonl"
+    options = ("--model", tiny, "--dataset", folder, "--batch_size", 3, "--output", output)
+    run(*options)
+    whole, answered = output.read_bytes(), predictions.read_bytes()
+    assert json.loads(whole)["by_answer_type"]["other"]["count"] == json.loads(whole)["by_type"]["what"]["count"] == 10
+    assert "any_match_interval" in json.loads(whole)
+    asked, original = [], VQAHoldout.ask
+
+    def ask(self, *args, **kwargs):
+        asked.append(len(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VQAHoldout, "ask", ask)
+    ends = [index for index, byte in enumerate(answered) if byte == ord("\n")]
+    # After nothing, in the first line, after it, inside a batch, inside a line of a batch, after a batch.
+    for cut, batches in (
+        (0, [3, 3, 3, 1]),
+        (20, [3, 3, 3, 1]),
+        (ends[0] + 1, [3, 3, 3, 1]),
+        (ends[5] + 1, [3, 3, 1]),
+        (ends[5] + 40, [3, 3, 1]),
+        (ends[9] + 1, [1]),
+    ):
+        output.unlink()
+        predictions.write_bytes(answered[:cut])
+        asked.clear()
+        run(*options)
+        assert asked == batches
+        assert (output.read_bytes(), predictions.read_bytes()) == (whole, answered)
+    monkeypatch.setattr(eval_vqa, "_load_model", lambda arguments: pytest.fail("the model was loaded"))
+    run(*options)
+    assert output.read_bytes() == whole
+
+
+def test_another_run_does_not_continue(tmp_path, tiny, folder):
+    output, predictions = tmp_path / "scores.json", tmp_path / "scores.predictions.jsonl"
+    options = ("--model", tiny, "--dataset", folder, "--output", output)
+    run(*options, "--max_samples", 4)
+    scores = output.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"predictions.jsonl was begun .*: batch_size is 64 there and 2 here; dtype is"
+    ):
+        run(*options, "--max_samples", 4, "--dtype", "bfloat16", "--batch_size", 2)
+    (tiny / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"other settings: weights_sha256 is '\w+' there"):
+        run(*options, "--max_samples", 4)
+    (tiny / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-1])
+    lines = (folder / "val.jsonl").read_text().splitlines(keepends=True)
+    (folder / "val.jsonl").write_text("".join(lines[:2] + lines[:1] + lines[3:]))
+    with pytest.raises(ValueError, match=r"predictions.jsonl, line 4: holds .*question_id='2'.* question_id='0'"):
+        run(*options, "--max_samples", 4)
+    assert output.read_bytes() == scores
+    for text, message in (
+        ("[]\n", r"line 1: expected an object; found \[\]"),
+        ("{}\n", "line 1: expected the key 'settings'"),
+        ("settings\n", "line 1: not JSON"),
+    ):
+        predictions.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run(*options, "--max_samples", 4)
+
+
+@pytest.mark.parametrize(("metric", "absent"), [("cross_entropy", "accuracy"), ("accuracy", "cross_entropy")])
+def test_one_metric_alone(tmp_path, tiny, folder, capsys, metric, absent):
+    columns = '{"answer_type": null, "question_type": "answer_type"}'
+    options = ("--dataset", folder, "--metrics", metric, "--output", tmp_path / "scores.json", "--columns", columns)
+    run("--model", tiny, *options)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert metric in scores
+    assert not {name for name in scores if name.startswith(absent)}
+    assert scores["by_type"].keys() == {"other"}
+    assert "by_answer_type" not in scores
+    assert "-" in capsys.readouterr().out.splitlines()[1].split()
 
 
 def test_a_model_with_an_action_expert_can_be_scored(tmp_path, tiny_model, tiny_processor):
@@ -59,9 +179,16 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch, available, expect
 
 
 def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path):
+    nowhere = ("--model", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="--batch_size must be at least 1; found 0"):
-        run("--batch_size", 0, "--model", tmp_path / "nowhere")
+        run("--batch_size", 0, *nowhere)
     with pytest.raises(ValueError, match="max_samples must lie between 1 and the 9673 questions"):
-        run("--max_samples", 0, "--model", tmp_path / "nowhere")
+        run("--max_samples", 0, *nowhere)
     with pytest.raises(FileNotFoundError, match="missing does not exist"):
-        run("--output", tmp_path / "missing" / "scores.json", "--model", tmp_path / "nowhere")
+        run("--output", tmp_path / "missing" / "scores.json", *nowhere)
+    with pytest.raises(ValueError, match=r"--columns must be a JSON object; found '\{'"):
+        run("--columns", "{", *nowhere)
+    with pytest.raises(ValueError, match=r"--columns must be a JSON object of column names; found '\[1\]'"):
+        run("--columns", "[1]", *nowhere)
+    with pytest.raises(ValueError, match="split='all'"):
+        run("--split", "all", *nowhere)

@@ -7,6 +7,8 @@ from torch import nn
 
 from hf_aegis.data.vqa import VQASample
 from hf_aegis.evaluation import VQAHoldout
+from hf_aegis.evaluation.vqa_scores import VQARecord
+from hf_aegis.functional.bootstrap import bootstrap_interval
 from hf_aegis.models import PaliGemmaFlowForAction
 
 
@@ -166,11 +168,58 @@ def test_accuracy_of_hand_counted_answers(tiny_processor):
         "color": (3, pytest.approx(1 / 3)),
         "yes/no": (2, 0.5),
     }
+    assert [(record.prediction, record.accuracy) for record in result.records][:3] == [
+        ("Yes ", 1),
+        ("yes", 0),
+        ("red", 1),
+    ]
+    color = {"count": 3, "accuracy": pytest.approx(1 / 3), "accuracy_interval": [0, 1]}
     assert json.loads(json.dumps(result.to_dict())) == {
         "count": 6,
         "accuracy": 0.5,
-        "by_type": {"color": {"count": 3, "accuracy": pytest.approx(1 / 3)}, "yes/no": {"count": 2, "accuracy": 0.5}},
+        "accuracy_interval": list(bootstrap_interval([1, 0, 1, 0, 0, 1])),
+        "by_type": {"color": color, "yes/no": {"count": 2, "accuracy": 0.5, "accuracy_interval": [0, 1]}},
     }
+
+
+def test_answers_of_all_annotators_are_scored_as_published(tiny_processor):
+    image = Image.new("RGB", (8, 8))
+    ten = ("teal", "teal", "blue", "blue", "blue", "a blue", *["gray"] * 4)
+    samples = [
+        VQASample(image, "?", "gray", "color", answers=ten, answer_type="other"),
+        VQASample(image, "?", "yes", "yes/no", answers=("yes",) * 10, answer_type="yes/no"),
+    ]
+    holdout = VQAHoldout(samples, tiny_processor)
+    assert [record.accuracy for record in holdout.ask(Answering(tiny_processor, ["blue", "yes"]), False)] == [1, 1]
+    result = holdout.evaluate_accuracy(Answering(tiny_processor, ["teal", "no"]))
+    assert result.accuracy == pytest.approx((0.6 + 0) / 2)
+    assert (result.any_match, result.any_match_interval) == (0.5, (0, 1))
+    assert result.by_answer_type["other"].accuracy == pytest.approx(0.6)
+    assert result.by_answer_type["yes/no"].any_match == 0
+    # One ground truth among them: any-match is not defined of it.
+    mixed = VQAHoldout([*samples, VQASample(image, "?", "red", "color")], tiny_processor)
+    result = mixed.evaluate_accuracy(Answering(tiny_processor, ["teal", "no", "red"]))
+    assert result.accuracy == pytest.approx((0.6 + 0 + 1) / 3)
+    assert result.any_match is None
+    assert result.by_type["yes/no"].any_match == 0
+
+
+def test_generation_reaches_the_longest_answer_of_any_annotator(tiny_processor):
+    image, tokenizer = Image.new("RGB", (8, 8)), tiny_processor.tokenizer
+    long = "a dark red triangle"
+    samples = [VQASample(image, "?", "red", answers=("red",) * 9 + (long,))]
+    assert VQAHoldout(samples, tiny_processor)._max_new_tokens == len(tokenizer(long)["input_ids"]) + 1
+
+
+def test_a_record_survives_json(tiny_processor):
+    sample = VQASample(Image.new("RGB", (8, 8)), "?", "red", answers=("red",) * 10, question_id="7", name="set/3")
+    (record,) = VQAHoldout([sample], tiny_processor).ask(Answering(tiny_processor, ["red"]), False)
+    values = json.loads(json.dumps(record.to_dict()))
+    assert values.keys() == {
+        *("question", "answer", "answers", "question_id", "name"),
+        *("digest", "prediction", "accuracy", "any_match"),
+    }
+    assert VQARecord.from_dict(values) == record
 
 
 def test_the_fingerprint_tells_holdouts_apart(tiny_processor, samples):
@@ -186,6 +235,7 @@ def test_the_fingerprint_tells_holdouts_apart(tiny_processor, samples):
         [VQASample(inverted, first.question, first.answer), *samples[1:]],
         [VQASample(first.image, first.question, "maybe"), *samples[1:]],
         [VQASample(first.image, "what?", first.answer), *samples[1:]],
+        [VQASample(first.image, first.question, first.answer, answers=(first.answer,) * 10), *samples[1:]],
     ]
     found = {fingerprint(variant) for variant in variants} | {fingerprint(samples, prompt="{question}")}
     assert len(found) == len(variants) + 1

@@ -1,0 +1,97 @@
+"""A file of answered questions that a killed run continues: JSON lines, the settings first, then batch after batch."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_aegis.atomic_files import write_text
+from hf_aegis.data.vqa_samples import VQAAnnotation
+from hf_aegis.evaluation.vqa_scores import VQARecord
+
+
+class PredictionFile:
+    """
+    Answered questions, appended a batch at a time. What a killed run left of a batch is dropped, so that batches are
+    the same ones as of a run that was not killed.
+
+    Args:
+        path (`Path`): the file; made if it does not exist.
+        settings (`dict[str, Any]`): what the answers depend on, as JSON values.
+        batch_size (`int`): questions that are appended together.
+
+    Attributes:
+        records (`list[VQARecord]`): the questions that were answered before.
+
+    Raises:
+        ValueError: if the file was written with other settings, each named with both values, or is not such a file.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], batch_size: int):
+        self.path = path
+        self.records: list[VQARecord] = []
+        settings = json.loads(json.dumps(settings))
+        content = path.read_bytes() if path.exists() else b""
+        # A line without its end was being written when the run was killed.
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        if not lines:
+            write_text(path, json.dumps({"settings": settings}) + "\n")
+            return
+        self._check(_parse(lines[0], path, 1).get("settings"), settings)
+        keep = (len(lines) - 1) // batch_size * batch_size
+        if len(lines) - 1 == settings.get("count"):
+            keep = len(lines) - 1
+        for number, line in enumerate(lines[1 : keep + 1], start=2):
+            try:
+                self.records.append(VQARecord.from_dict(_parse(line, path, number)))
+            except TypeError as error:
+                raise ValueError(f"{path}, line {number}: not an answered question: {error}") from error
+        if (size := sum(map(len, lines[: keep + 1]))) != len(content):
+            os.truncate(path, size)
+
+    def append(self, records: Sequence[VQARecord]) -> None:
+        """Writes a batch through to the disk."""
+        text = "".join(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records)
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check(self, start: int, asked: Sequence[VQAAnnotation]) -> None:
+        """
+        Whether the questions answered before, from number `start`, are those asked now.
+
+        Raises:
+            ValueError: if one is not; both are named.
+        """
+        for index, (record, annotation) in enumerate(zip(self.records[start:], asked, strict=False), start):
+            if record.annotation != annotation:
+                raise ValueError(
+                    f"{self.path}, line {index + 2}: holds {record.annotation}, where {annotation} is asked now. "
+                    f"Delete the file, or choose another output, to start anew."
+                )
+
+    def _check(self, found: Any, settings: dict[str, Any]) -> None:
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path}, line 1: expected the key 'settings' with an object; found {found!r}.")
+        differing = [
+            f"{key} is {found.get(key)!r} there and {settings.get(key)!r} here"
+            for key in sorted(found.keys() | settings)
+            if found.get(key) != settings.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} was begun with other settings: {'; '.join(differing)}. Delete it, or choose another "
+                f"output, to start anew."
+            )
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}, line {number}: expected an object; found {values!r}.")
+    return values

@@ -1,0 +1,161 @@
+"""What came of each question, and the scores over many of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_aegis.data.vqa_samples import VQAAnnotation
+from hf_aegis.functional.bootstrap import bootstrap_interval
+from hf_aegis.functional.vqa_answers import any_match, exact_match, vqa_accuracy
+
+
+@dataclasses.dataclass(frozen=True)
+class VQARecord:
+    """
+    One question and what came of it.
+
+    Args:
+        annotation ([`VQAAnnotation`]): what was asked, and the ground truth.
+        digest (`str`): SHA-256 of image, question and ground truth.
+        cross_entropy (`float`, *optional*): of the ground-truth answer, in nats per token.
+        prediction (`str`, *optional*): the answer generated greedily.
+        accuracy (`float`, *optional*): see [`VQAScore`].
+        any_match (`float`, *optional*): see [`VQAScore`].
+    """
+
+    annotation: VQAAnnotation
+    digest: str
+    cross_entropy: float | None = None
+    prediction: str | None = None
+    accuracy: float | None = None
+    any_match: float | None = None
+
+    def answered(self, prediction: str) -> "VQARecord":
+        """This question with a generated answer and its scores."""
+        answers = self.annotation.answers
+        if answers is None:
+            accuracy, matched = float(exact_match(prediction, self.annotation.answer)), None
+        else:
+            accuracy, matched = vqa_accuracy(prediction, answers), float(any_match(prediction, answers))
+        return dataclasses.replace(self, prediction=prediction, accuracy=accuracy, any_match=matched)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, for a JSON line; what is not known is left out."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in (values.pop("annotation") | values).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VQARecord":
+        """The record of [`~VQARecord.to_dict`]."""
+        names = {field.name for field in dataclasses.fields(VQAAnnotation)}
+        annotation = {key: value for key, value in values.items() if key in names}
+        if "answers" in annotation:
+            annotation["answers"] = tuple(annotation["answers"])
+        scores = {key: value for key, value in values.items() if key not in names}
+        return cls(VQAAnnotation(**annotation), **scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQAScore:
+    """
+    Scores over a set of samples. Intervals are 95 % percentile bootstraps over the questions
+    ([`~functional.bootstrap.bootstrap_interval`]).
+
+    Args:
+        count (`int`): number of samples.
+        cross_entropy (`float`, *optional*):
+            Teacher-forced cross-entropy in nats per token: the mean over each answer's tokens (its end-of-sequence
+            token included), then the mean over samples, so that long answers weigh no more than short ones.
+        accuracy (`float`, *optional*):
+            Of answers generated greedily: the published VQA accuracy
+            ([`~functional.vqa_answers.vqa_accuracy`]) where a sample has the answers of all annotators, and exact
+            match ([`~functional.vqa_answers.exact_match`]) where it has one ground truth.
+        any_match (`float`, *optional*):
+            Share of answers that any annotator gave ([`~functional.vqa_answers.any_match`]); only where every sample
+            has the answers of all annotators.
+        cross_entropy_interval (`tuple[float, float]`, *optional*): of `cross_entropy`.
+        accuracy_interval (`tuple[float, float]`, *optional*): of `accuracy`.
+        any_match_interval (`tuple[float, float]`, *optional*): of `any_match`.
+    """
+
+    count: int
+    cross_entropy: float | None = None
+    accuracy: float | None = None
+    any_match: float | None = None
+    cross_entropy_interval: tuple[float, float] | None = None
+    accuracy_interval: tuple[float, float] | None = None
+    any_match_interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, records: Sequence[VQARecord]) -> "VQAScore":
+        """The scores of some questions; `None` for what was not measured of each of them."""
+        scores: dict[str, Any] = {}
+        for measure in MEASURES:
+            values = [value for record in records if (value := getattr(record, measure)) is not None]
+            if len(values) == len(records):
+                scores[measure] = sum(values) / len(values)
+                scores[f"{measure}_interval"] = bootstrap_interval(values)
+        return cls(len(records), **scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; what was not measured is left out."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(VQAScore)
+            if (value := getattr(self, field.name)) is not None
+        }
+
+
+MEASURES = ("cross_entropy", "accuracy", "any_match")
+"""What is measured of each question."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VQAResult(VQAScore):
+    """
+    Scores over all samples, and of each type of question and of answer.
+
+    Args:
+        by_type (`dict[str, VQAScore]`): scores per question type, sorted by name; empty if samples carry no type.
+        by_answer_type (`dict[str, VQAScore]`): scores per answer type, likewise.
+        records (`list[VQARecord]`): each question and what came of it, in the order asked.
+    """
+
+    by_type: dict[str, VQAScore] = dataclasses.field(default_factory=dict)
+    by_answer_type: dict[str, VQAScore] = dataclasses.field(default_factory=dict)
+    records: list[VQARecord] = dataclasses.field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, records: Sequence[VQARecord]) -> "VQAResult":
+        """
+        The scores of questions.
+
+        Args:
+            records (`Sequence[VQARecord]`): each question and what came of it, at least one.
+        """
+        return cls(
+            **vars(VQAScore.of(records)),
+            by_type=_grouped(records, lambda annotation: annotation.question_type),
+            by_answer_type=_grouped(records, lambda annotation: annotation.answer_type),
+            records=list(records),
+        )
+
+    @property
+    def predictions(self) -> list[str]:
+        """The generated answers in the order asked; empty if none were generated."""
+        return [record.prediction for record in self.records if record.prediction is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON, without the records; what was not measured is left out."""
+        result = super().to_dict() | {"by_type": {name: score.to_dict() for name, score in self.by_type.items()}}
+        if self.by_answer_type:
+            result["by_answer_type"] = {name: score.to_dict() for name, score in self.by_answer_type.items()}
+        return result
+
+
+def _grouped(records: Sequence[VQARecord], key: Callable[[VQAAnnotation], str | None]) -> dict[str, VQAScore]:
+    groups: dict[str, list[VQARecord]] = {}
+    for record in records:
+        if (name := key(record.annotation)) is not None:
+            groups.setdefault(name, []).append(record)
+    return {name: VQAScore.of(group) for name, group in sorted(groups.items())}
