@@ -76,7 +76,7 @@ def test_every_command_has_help(capsys, command, options):
         (("demo", "--max_step", "3"), "hf-aegis", "unrecognized arguments: --max_step 3"),
         (("demo", "--max_steps", "x"), "hf-aegis demo", "--max_steps: invalid int value: 'x'"),
         (("demo", "--max_steps", "0"), "hf-aegis demo", "--max_steps must be at least 1, found 0"),
-        (("eval-vqa", "--split", "all"), "hf-aegis eval-vqa", "invalid choice: 'all'"),
+        (("eval-vqa", "--split", "all"), "hf-aegis eval-vqa", "found split='all'"),
         (("eval-vqa", "--device", "tpu"), "hf-aegis eval-vqa", "--device: invalid choice: 'tpu'"),
         (("eval-vqa", "--batch_size", "0"), "hf-aegis eval-vqa", "--batch_size must be at least 1"),
         (("anchor", "--steps", "3"), "hf-aegis anchor", "unrecognized arguments: --steps 3; see hf-aegis anchor"),
