@@ -14,6 +14,7 @@ from hf_aegis.anchors.collection import collect_moments
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
+from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.functional.moments import Moments, merge_moments
 
 
@@ -82,6 +83,7 @@ class ActivationAnchor:
         *,
         layers: str | nn.ModuleList | None = None,
         moments: str = "batch",
+        tokens: str = "all",
         dataset_id: str | None = None,
         num_batches: int | None = None,
         progress: bool = True,
@@ -103,6 +105,9 @@ class ActivationAnchor:
             moments (`str`, *optional*, defaults to `"batch"`):
                 `"batch"` averages each batch's mean and variance over the batches, as the paper does, so that the
                 variance depends on the batch size. `"pooled"` is exact over all tokens, whatever the batching.
+            tokens (`str`, *optional*, defaults to `"all"`):
+                Which of the attended tokens count: `"all"`, or `"image"` or `"text"` alone, which `input_ids` have to
+                tell. A [`~gradients.GradientShield`] takes it over from the anchor.
             dataset_id (`str`, *optional*):
                 Recorded in the fingerprint.
             num_batches (`int`, *optional*):
@@ -115,18 +120,22 @@ class ActivationAnchor:
 
         Raises:
             ValueError: if no layers are found, there are no or too few batches, an attention mask does not fit the
-                layers' tokens or leaves none, or a statistic is not finite.
+                layers' tokens or leaves none of the chosen kind, a statistic is not finite, or the model has no image
+                tokens to tell from others.
         """
         stack = find_decoder_layers(model, layers)
         # Before the long part, so that weights that cannot be hashed do not cost a whole collection.
         description = describe_model(model, stack)
-        collected = collect_moments(model, batches, stack, moments=moments, num_batches=num_batches, progress=progress)
+        collected = collect_moments(
+            model, batches, stack, moments=moments, tokens=tokens, num_batches=num_batches, progress=progress
+        )
         fingerprint = AnchorFingerprint(
             **{
                 **description,
                 **describe_origin(model, stack),
                 "width": collected.mean.shape[-1],
                 "moments": moments,
+                "mask_policy": MASK_POLICIES[tokens],
                 "num_samples": collected.num_samples,
                 "num_tokens": collected.num_tokens,
                 "num_batches": collected.num_batches,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import MOMENTS_POLICIES, decoder_config
+from hf_aegis.anchors.token_kinds import check_tokens, find_image_token_id, select_tokens
 from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
 
 
@@ -98,7 +99,9 @@ class LayerMoments:
         rows = torch.stack([torch.stack(moments[:2]).cpu().double() for moments in per_layer])
         count = int(per_layer[0][2])
         if count == 0:
-            raise ValueError(f"batch {batch_index}: the attention mask leaves no token to count")
+            raise ValueError(
+                f"batch {batch_index}: the attention mask leaves no token to count, or none of the chosen kind"
+            )
         finite = torch.isfinite(rows).all(dim=-1)
         if not bool(finite.all()):
             layer, row = (int(value) for value in torch.nonzero(~finite)[0])
@@ -113,6 +116,7 @@ def collect_moments(
     layers: nn.ModuleList,
     *,
     moments: str = "batch",
+    tokens: str = "all",
     num_batches: int | None = None,
     progress: bool = True,
 ) -> CollectedMoments:
@@ -120,10 +124,13 @@ def collect_moments(
     Runs the model over the batches and accumulates each layer's moments; see [`ActivationAnchor.collect`].
 
     Raises:
-        ValueError: for an unknown policy, too few batches, a mask that does not fit or statistics that are not finite.
+        ValueError: for an unknown policy, a model without image tokens to tell from others, too few batches, a
+            mask that does not fit or statistics that are not finite.
     """
     if moments not in MOMENTS_POLICIES:
         raise ValueError(f"moments must be one of {MOMENTS_POLICIES}, found {moments!r}")
+    check_tokens(tokens)
+    image_token_id = None if tokens == "all" else find_image_token_id(model)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, found {num_batches}")
     observer = LayerMoments(layers)
@@ -144,7 +151,8 @@ def collect_moments(
             inputs = _forward_inputs(batch, device, batch_index=seen - 1)
             if accepts_logits_to_keep:
                 inputs.setdefault("logits_to_keep", 1)
-            observer.start_batch(inputs.get("attention_mask"))
+            mask = select_tokens(inputs.get("attention_mask"), inputs.get("input_ids"), tokens, image_token_id)
+            observer.start_batch(mask)
             with torch.inference_mode():
                 model(**inputs)
             mean, variance, count = observer.batch_moments(seen - 1)

@@ -12,14 +12,12 @@ from torch import nn
 
 import hf_aegis
 from hf_aegis.anchors.decoder_layers import unwrap_model
+from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
 
 
 FORMAT_VERSION = 1
 """Version of the anchor file format that this package writes; it refuses newer ones."""
-
-MASK_POLICY = "attention_mask"
-"""Tokens that count: those attended according to the batch's `attention_mask`, or all where a batch has none."""
 
 MOMENTS_POLICIES = ("batch", "pooled")
 
@@ -78,7 +76,8 @@ class AnchorFingerprint:
         dataset_id (`str`, *optional*):
             What the anchor was collected on.
         mask_policy (`str`, *optional*, defaults to `"attention_mask"`):
-            Which tokens count.
+            Which tokens count: `"attention_mask"` for all that are attended, `"image_tokens"` or `"text_tokens"` for
+            one kind of them. See `tokens`.
         package_version, torch_version, transformers_version (`str`, *optional*):
             Software that collected the anchor.
         format_version (`int`, *optional*, defaults to 1):
@@ -97,7 +96,7 @@ class AnchorFingerprint:
     attention_implementation: str | None = None
     dtype: str | None = None
     dataset_id: str | None = None
-    mask_policy: str = MASK_POLICY
+    mask_policy: str = MASK_POLICIES["all"]
     package_version: str = hf_aegis.__version__
     torch_version: str = torch.__version__
     transformers_version: str = dataclasses.field(default_factory=lambda: version("transformers"))
@@ -106,10 +105,17 @@ class AnchorFingerprint:
     def __post_init__(self) -> None:
         if self.moments not in MOMENTS_POLICIES:
             raise ValueError(f"moments must be one of {MOMENTS_POLICIES}, found {self.moments!r}")
+        if self.mask_policy not in MASK_POLICIES.values():
+            raise ValueError(f"mask_policy must be one of {tuple(MASK_POLICIES.values())}, found {self.mask_policy!r}")
         for name in (*_SHAPE_FIELDS, *_COUNT_FIELDS):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
+
+    @property
+    def tokens(self) -> str:
+        """The kind of tokens that count: `"all"`, `"image"` or `"text"`."""
+        return next(tokens for tokens, policy in MASK_POLICIES.items() if policy == self.mask_policy)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary that JSON can hold."""

@@ -45,6 +45,7 @@ class AnchorRecipe:
     moments: Literal["batch", "pooled"] = _option(
         "batch", "'batch': the paper's average over batches; 'pooled': exact over all tokens"
     )
+    tokens: Literal["all", "image", "text"] = _option("all", "which of the attended tokens count")
     seed: int = _option(
         0, "shuffles before num_samples are taken (streamed: from about the first 2 * num_samples of shuffled shards)"
     )
@@ -93,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         (collate(batch) for batch in _batches(recipe)),
         moments=recipe.moments,
+        tokens=recipe.tokens,
         dataset_id=f"{recipe.dataset}:{recipe.split}",
         num_batches=-(-recipe.num_samples // recipe.batch_size),
     )

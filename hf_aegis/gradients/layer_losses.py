@@ -104,7 +104,9 @@ class TransportLoss:
     ) -> None:
         anchor.check_compatible(model, check="shape", layers=layers)
         self._penalty = TransportPenalty(anchor, eps=variance_eps)
-        self._recorder = LayerRecorder(list(find_decoder_layers(model, layers)), TokenMask(model))
+        self._recorder = LayerRecorder(
+            list(find_decoder_layers(model, layers)), TokenMask(model, anchor.fingerprint.tokens)
+        )
 
     @contextmanager
     def recording(self) -> Iterator[None]:

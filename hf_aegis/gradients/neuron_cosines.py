@@ -10,9 +10,9 @@ from torch import Tensor
 class NeuronCosines:
     r"""
     Counts, per projection group, how the cosines of single output neurons,
-    \\(\langle g_i, r_i \rangle / (\lVert g_i \rVert \lVert r_i \rVert)\\), are spread over \\([-1, 1]\\). Neuron \\(i\\)
-    is row \\(i\\) of a weight with at least two dimensions (of an embedding, a token); biases and norm weights have
-    none. Neurons of which either gradient is zero or not finite are not counted.
+    \\(\langle g_i, r_i \rangle / (\lVert g_i \rVert \lVert r_i \rVert)\\), are spread over \\([-1, 1]\\). Neuron
+    \\(i\\) is row \\(i\\) of a weight with at least two dimensions (of an embedding, a token); biases and norm
+    weights have none. Neurons of which either gradient is zero or not finite are not counted.
 
     ```python
     shield.observer = cosines.observe

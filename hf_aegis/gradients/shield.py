@@ -74,7 +74,7 @@ class GradientShield:
         model (`torch.nn.Module`):
             Any Hugging Face model with a stack of decoder layers, possibly wrapped by PEFT.
         anchor ([`ActivationAnchor`]):
-            Statistics of the pre-trained model's layers.
+            Statistics of the pre-trained model's layers. It says which kind of tokens count, too.
         dual_backward (`"streaming"` or `"two_pass"`, *optional*, defaults to `"streaming"`):
             How the reference direction is computed; the results agree to rounding.
         granularity (`"layer"`, `"global"` or `"tensor"`, *optional*, defaults to `"layer"`):
@@ -145,7 +145,7 @@ class GradientShield:
         self._groups: ParameterGroups | None = None
         self._groups_key: tuple[int, ...] = ()
         self._projector: GradientProjector | None = None
-        self._token_mask = TokenMask(model)
+        self._token_mask = TokenMask(model, anchor.fingerprint.tokens)
         self._passes: list[ForwardPass] = []
         self._outputs: dict[Node, tuple[ForwardPass, int]] = {}
         self._backward_passes = 0

@@ -96,6 +96,14 @@ def test_the_resolved_recipe_repeats_the_run(tiny_vlm, tmp_path):
     assert ActivationAnchor.from_pretrained(first) == ActivationAnchor.from_pretrained(second)
 
 
+def test_one_kind_of_tokens(tiny_vlm, tmp_path):
+    options = ("--model", tiny_vlm, "--num_samples", 4, "--tokens", "image", "--output_dir", tmp_path)
+    command.run(parse(*options))
+    fingerprint = ActivationAnchor.from_pretrained(tmp_path).fingerprint
+    assert (fingerprint.tokens, fingerprint.num_tokens) == ("image", 4 * 4)
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["tokens"] == "image"
+
+
 def test_a_streamed_dataset_is_collected(tiny_vlm, questions, tmp_path):
     options = ["--model", tiny_vlm, "--dataset", questions, "--answer_column", "best", "--batch_size", 2]
     options += ["--output_dir", tmp_path, "--dtype", "bfloat16"]
@@ -132,6 +140,7 @@ def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, option
         ("- model", r"recipe\.yaml: expected a mapping of options, found list"),
         ("model: [", r"recipe\.yaml: not valid YAML"),
         ("moments: exact", r"recipe\.yaml: key 'moments' is 'exact', expected 'batch' or 'pooled'"),
+        ("tokens: pictures", "key 'tokens' is 'pictures', expected 'all' or 'image' or 'text'"),
         ("dtype: float16", "key 'dtype' is 'float16', expected 'float32' or 'bfloat16'"),
         ("batch_size: 0", "batch_size must be at least 1, found 0"),
     ],
