@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from hf_aegis.cli.recipe import check_values, option_types, read_recipe
+from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe
 
 
 # Chosen by the comparison for each run.
@@ -17,17 +17,6 @@ _ASKED_ONCE = (
     *("model", "dtype", "vqa_seed", "vqa_dataset", "vqa_split"),
     *("vqa_final_dataset", "vqa_final_split", "vqa_final_samples"),
 )
-
-
-def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings over one another, the last one on top; nested mappings are merged key by key."""
-    result: dict[str, Any] = {}
-    for mapping in mappings:
-        for key, value in mapping.items():
-            if isinstance(value, Mapping) and isinstance(below := result.get(key), Mapping):
-                value = merged(below, value)
-            result[key] = value
-    return result
 
 
 def resolve_conditions(
@@ -120,17 +109,17 @@ def check_runnable(conditions: Mapping[str, Mapping[str, Any]], source: Path | N
             path = Path(folder) / "recipe.yaml"
             path.write_text(yaml.safe_dump({**recipe, "output_dir": folder}), encoding="utf-8")
             try:
-                build_parser().parse_args(["train", "--config", str(path)])
+                run, _ = build_parser().parse_args(["train", "--config", str(path)]).recipe
+                run.check()
             except ValueError as error:
                 place = f"{source or 'hf-aegis compare'}, condition {name!r}"
                 raise ValueError(f"{place}: {error}") from error
 
 
 def _train_hints() -> dict[str, Any]:
-    from hf_aegis.training import AEGISConfig
-    from hf_aegis.training.run import RunArguments
+    from hf_aegis.cli.train import recipe_classes
 
-    return option_types([RunArguments, AEGISConfig])
+    return option_types(recipe_classes())
 
 
 def _check_anchor(anchor: str | None, anchors: Mapping[str, Any], place: str) -> None:

@@ -18,6 +18,10 @@ from typing import Any, NoReturn
 import yaml
 
 
+EXTENDS = "extends"
+"""Key of a recipe that names another one, which it is laid over."""
+
+
 def parse_recipe(
     dataclass_types: Sequence[type], options: Sequence[str], prog: str = "hf-aegis", description: str | None = None
 ) -> tuple[Any, ...]:
@@ -79,24 +83,45 @@ def option_types(dataclass_types: Sequence[type]) -> dict[str, Any]:
     }
 
 
-def read_recipe(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+def read_recipe(path: Path, hints: Mapping[str, Any], extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
-    Reads a YAML recipe and checks its keys and the types of its values.
+    Reads a YAML recipe and checks its keys and the types of its values. The key `extends` names another recipe, by its
+    path from this one, over which this one is laid; mappings are merged key by key.
 
     Args:
         path (`Path`): The recipe.
         hints (`Mapping[str, Any]`): The options' type annotations.
+        extending (`tuple[Path, ...]`, *optional*): The recipes on the way to this one.
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the file is not a YAML mapping, or a key is unknown or has the wrong type; file and key are
-            named.
+        OSError: If a file cannot be read.
+        ValueError: If a file is not a YAML mapping, a key is unknown or has the wrong type, or recipes extend one
+            another in a circle; file and key are named.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    return check_values(values, hints, str(path))
+    if not isinstance(values, dict) or EXTENDS not in values:
+        return check_values(values, hints, str(path))
+    below = values.pop(EXTENDS)
+    if not isinstance(below, str):
+        raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, expected the path of a recipe")
+    extending = (*extending, path.resolve())
+    if (base := (path.parent / below).resolve()) in extending:
+        raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, which extends this recipe in turn")
+    return merged(read_recipe(base, hints, extending), check_values(values, hints, str(path)))
+
+
+def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings over one another, the last one on top; nested mappings are merged key by key."""
+    result: dict[str, Any] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            if isinstance(value, Mapping) and isinstance(below := result.get(key), Mapping):
+                value = merged(below, value)
+            result[key] = value
+    return result
 
 
 def check_values(values: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -165,21 +165,27 @@ class LiberoDataset(Dataset):
         file = self._open(episode.file)
         with naming_damage(episode.file):
             group = file[episode.path]
-            first = step + episode.convention.action_offset
-            actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
+            actions = self._actions(group, step, episode)
             state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in STATE_FEATURES])
             images = [self._image(group, camera, step, episode.convention) for camera in self.cameras]
-        actions = np.concatenate([actions, np.repeat(actions[-1:], self.chunk_size - len(actions), axis=0)])
         if self.normalize:
-            actions = normalize(actions, self.statistics.actions)
             state = normalize(state, self.statistics.state)
         return {
             "images": images,
             "state": torch.from_numpy(state.astype(np.float32)),
-            "actions": torch.from_numpy(actions.astype(np.float32)),
+            "actions": torch.from_numpy(actions),
             "action_is_pad": torch.arange(self.chunk_size) >= episode.length - step,
             "instruction": episode.instruction,
         }
+
+    def action_chunks(self) -> Iterator[np.ndarray]:
+        """The items' `actions`, `(H, A)`, float32, in order, without reading an image."""
+        for episode in self._episodes:
+            file = self._open(episode.file)
+            for step in range(episode.length):
+                with naming_damage(episode.file):
+                    actions = self._actions(file[episode.path], step, episode)
+                yield actions
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
@@ -207,6 +213,15 @@ class LiberoDataset(Dataset):
                         _update(digest, task, demonstration)
                     progress.update()
         return {"state": np.concatenate(states), "actions": np.concatenate(actions)}, digest.hexdigest()
+
+    def _actions(self, group: h5py.Group, step: int, episode: _Episode) -> np.ndarray:
+        """The chunk that begins with item `step` of an episode, its last action repeated past the end."""
+        first = step + episode.convention.action_offset
+        actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
+        actions = np.concatenate([actions, np.repeat(actions[-1:], self.chunk_size - len(actions), axis=0)])
+        if self.normalize:
+            actions = normalize(actions, self.statistics.actions)
+        return actions.astype(np.float32)
 
     def _image(self, group: h5py.Group, camera: str, step: int, convention: LiberoConvention) -> np.ndarray:
         frame = read_frame(group[f"obs/{frames_key(camera, convention)}"], step, convention)

@@ -1,14 +1,20 @@
 """Arguments of [`AEGISTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
 
+from hf_aegis.gradients.combiners import COMBINERS
 from hf_aegis.gradients.projector import GRANULARITIES
 from hf_aegis.gradients.shield import DUAL_BACKWARDS
 
 
 PRESERVE = ("projection", "none")
+REFERENCES = ("transport", "replay")
+LAYER_PENALTIES = ("transport", "distillation")
+WEIGHT_PENALTIES = ("l2sp", "ewc")
+PENALTIES = (*LAYER_PENALTIES, "replay", *WEIGHT_PENALTIES)
 
 
 @dataclass
@@ -20,8 +26,27 @@ class AEGISConfig(TrainingArguments):
 
     Args:
         preserve (`str`, *optional*, defaults to `"projection"`):
-            How the pre-trained knowledge is kept: `"projection"` bends task gradients off the anchor's transport
-            penalty; `"none"` trains as a plain `Trainer`.
+            How the pre-trained knowledge is kept: `"projection"` combines the task's gradient with a reference
+            gradient, group by group; `"none"` leaves it as it is, and without `penalties` trains as a plain `Trainer`.
+        reference (`str`, *optional*, defaults to `"transport"`):
+            What the reference gradient is of: `"transport"`, the anchor's penalty on the task batch (AEGIS), or
+            `"replay"`, the loss on a batch of the trainer's `replay_dataset` (as in A-GEM).
+        combiner (`str`, *optional*, defaults to `"one_sided"`):
+            How the two are combined: `"one_sided"` removes from the task's gradient what opposes the reference
+            (AEGIS; with a replay reference A-GEM); `"pcgrad"` and `"graddrop"`, for a replay reference, follow both.
+        penalties (`dict[str, float]`, *optional*):
+            What is added to the loss, by name, with its weight. On decoder layers' outputs on the task batch:
+            `"transport"`, the anchor's penalty; `"distillation"`, the mean squared distance to those of the
+            pre-trained model. `"replay"`: the loss on a batch of `replay_dataset` (co-training). On weights outside
+            the action expert: `"l2sp"`, half the squared distance to the pre-trained weights (L2-SP); `"ewc"`, the
+            same weighted by the diagonal of the Fisher information on `replay_dataset` (EWC).
+        replay_batch_size (`int`, *optional*):
+            Samples of a replayed batch; by default as many as in a training batch.
+        fisher_samples (`int`, *optional*, defaults to `200`):
+            Samples of `replay_dataset` that the Fisher information is estimated on.
+        neuron_cosine_steps (`int`, *optional*, defaults to `0`):
+            Steps between entries into `neuron_cosines.json`, a histogram of the cosine between each neuron's task and
+            reference gradients with the transport reference. Zero writes none.
         dual_backward (`str`, *optional*, defaults to `"streaming"`):
             `"streaming"` sends task and anchor cotangent through each layer together; `"two_pass"` runs two full
             backward passes. The gradients agree to rounding; streaming needs less time and memory.
@@ -62,6 +87,18 @@ class AEGISConfig(TrainingArguments):
     warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up, or their share below 1."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not name."})
     preserve: str = field(default="projection", metadata={"help": "How knowledge is kept.", "choices": PRESERVE})
+    reference: str = field(
+        default="transport", metadata={"help": "What the reference gradient is of.", "choices": REFERENCES}
+    )
+    combiner: str = field(
+        default="one_sided", metadata={"help": "How task and reference gradient are combined.", "choices": COMBINERS}
+    )
+    penalties: dict[str, float] | None = field(
+        default=None, metadata={"help": f"Weights of what is added to the loss, of {', '.join(PENALTIES)}, as JSON."}
+    )
+    replay_batch_size: int | None = field(default=None, metadata={"help": "Samples of a replayed batch."})
+    fisher_samples: int = field(default=200, metadata={"help": "Samples that EWC's Fisher information is from."})
+    neuron_cosine_steps: int = field(default=0, metadata={"help": "Steps between entries into neuron_cosines.json."})
     dual_backward: str = field(
         default="streaming", metadata={"help": "Form of the dual backward.", "choices": DUAL_BACKWARDS}
     )
@@ -82,15 +119,58 @@ class AEGISConfig(TrainingArguments):
         super().__post_init__()
         for name, choices in (
             ("preserve", PRESERVE),
+            ("reference", REFERENCES),
+            ("combiner", tuple(COMBINERS)),
             ("dual_backward", DUAL_BACKWARDS),
             ("granularity", GRANULARITIES),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        for name in ("penalty_scale", "projection_eps", "vqa_steps"):
+        for name in ("penalty_scale", "projection_eps", "vqa_steps", "fisher_samples"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive, found {value}")
         if self.expert_learning_rate is not None and not self.expert_learning_rate >= 0:
             raise ValueError(f"expert_learning_rate must not be negative, found {self.expert_learning_rate}")
+        if self.replay_batch_size is not None and self.replay_batch_size < 1:
+            raise ValueError(f"replay_batch_size must be at least 1, found {self.replay_batch_size}")
+        if self.neuron_cosine_steps < 0:
+            raise ValueError(f"neuron_cosine_steps must not be negative, found {self.neuron_cosine_steps}")
+        self._check_composition()
         if not 0 <= self.expert_ema_decay < 1:
             raise ValueError(f"expert_ema_decay must lie in [0, 1), found {self.expert_ema_decay}")
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether training uses an anchor."""
+        projected = self.preserve == "projection" and self.reference == "transport"
+        return projected or "transport" in (self.penalties or {})
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether training uses a `replay_dataset`."""
+        projected = self.preserve == "projection" and self.reference == "replay"
+        return projected or not {"replay", "ewc"}.isdisjoint(self.penalties or {})
+
+    def _check_composition(self) -> None:
+        for name, weight in (self.penalties or {}).items():
+            if name not in PENALTIES:
+                raise ValueError(f"penalties: unknown key {name!r}, expected some of {list(PENALTIES)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"penalties: the weight of {name!r} must be a positive number, found {weight!r}")
+        if self.preserve == "none":
+            for name, value in (("reference", "transport"), ("combiner", "one_sided")):
+                if getattr(self, name) != value:
+                    raise ValueError(f'{name}={getattr(self, name)!r} has no effect with preserve="none"')
+        elif self.reference == "transport":
+            if self.combiner != "one_sided":
+                raise ValueError(
+                    f'combiner={self.combiner!r} needs reference="replay": the transport penalty says where not to '
+                    "go, and is not followed itself"
+                )
+            if "replay" in (self.penalties or {}):
+                raise ValueError(
+                    'penalties: "replay" cannot be combined with the transport reference, whose statistics would mix '
+                    'those of the replayed batch in; use reference="replay"'
+                )
+        if self.neuron_cosine_steps and (self.preserve == "none" or self.reference != "transport"):
+            raise ValueError('neuron_cosine_steps needs preserve="projection" and reference="transport"')

@@ -1,4 +1,4 @@
-"""A Trainer whose task gradients pass through the shield."""
+"""A Trainer that keeps what its model knows while it learns a task."""
 
 import contextlib
 import os
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.gradients import GradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
@@ -24,8 +23,13 @@ from hf_aegis.training.callbacks import (
     VQACallback,
 )
 from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
+from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
+from hf_aegis.training.preservation import Preservation
+from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
 
 
@@ -42,8 +46,12 @@ class AEGISTrainer(Trainer):
     It works on [`PaliGemmaFlowForAction`], on transformers' π0, and on any causal language model with its own loss.
     π0's anchor is collected from π0 itself, `ActivationAnchor.collect(pi0, batches)`; it trains without activation
     checkpointing, which would cut its vision-language model off.
-    Gradient accumulation projects each micro-batch by itself. Training with `args.preserve="none"` is that of a plain
-    `Trainer`.
+    Gradient accumulation projects each micro-batch by itself. Training with `args.preserve="none"` and no
+    `args.penalties` is that of a plain `Trainer`.
+
+    The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
+    EWC, L2-SP, feature distillation and co-training of it. The weights that the model has when the trainer is made are
+    the pre-trained ones.
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
     with each backward pass's figures group by group. Each checkpoint is preceded by a log, whatever `logging_steps`
@@ -55,12 +63,18 @@ class AEGISTrainer(Trainer):
         args ([`AEGISConfig`]):
             The arguments.
         anchor ([`ActivationAnchor`], *optional*):
-            Statistics of the pre-trained model; needed unless `args.preserve="none"`.
+            Statistics of the pre-trained model; for the transport reference and the transport penalty.
         vqa_holdout ([`~evaluation.vqa.VQAHoldout`], *optional*):
             Questions to evaluate before, during and after training.
         data_collator (`Callable`, *optional*):
             As in the Trainer. By default, for a [`PaliGemmaFlowForAction`], made from the processor; the processor in
             turn, where none is given, from the model's own checkpoint and the statistics of `train_dataset`.
+        replay_dataset (`Sequence`, *optional*):
+            Samples of what the model is to keep, such as [`~data.vqa.VQASample`]; for the replay reference, and the
+            penalties `"replay"` and `"ewc"`.
+        replay_collator (`Callable`, *optional*):
+            From a list of them to a batch on which the model has a loss. By default [`~data.vqa.VQACollator`] for a
+            [`PaliGemmaFlowForAction`], else the `data_collator`.
         kwargs: All other arguments of the Trainer.
 
     Raises:
@@ -82,16 +96,22 @@ class AEGISTrainer(Trainer):
         train_dataset: Dataset | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        replay_dataset: Any = None,
+        replay_collator: Callable[[list[Any]], Any] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(model, args)
         refuse_cut_gradient(model, args)
-        if args.preserve != "none" and anchor is None:
-            raise ValueError(f'preserve={args.preserve!r} needs an anchor; pass one, or preserve="none"')
+        if args.needs_anchor and anchor is None:
+            raise ValueError(f"{_because(args, 'transport')} needs an anchor")
+        if args.needs_replay and replay_dataset is None:
+            raise ValueError(f"{_because(args, 'replay')} needs a replay_dataset")
         expert_modules(model, args.expert_modules)
         if data_collator is None:
-            processing_class, data_collator = _action_collator(model, processing_class, train_dataset)
-        if anchor is not None and args.preserve != "none":
+            processing_class, data_collator = action_collator(model, processing_class, train_dataset)
+        if replay_dataset is not None and replay_collator is None:
+            replay_collator = question_collator(model, processing_class) or data_collator
+        if anchor is not None and args.needs_anchor:
             anchor.check_compatible(model, layers=args.decoder_layers)
         # The first thing that changes the model, after all that may refuse it.
         _freeze(model, args.frozen_modules)
@@ -108,25 +128,23 @@ class AEGISTrainer(Trainer):
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
         self.anchor = anchor
-        self.shield: GradientShield | None = None
+        self._expert = expert_parameters(self.model, args.expert_modules)
+        replay = None
+        if args.needs_replay:
+            size = args.replay_batch_size or args.per_device_train_batch_size
+            replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self._expert}
+        self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, trained)
+        self.shield = self.preservation.shield
+        self._micro_batch = (-1, 0)
+        self._task_means, self._evaluation_means = RunningMeans(), RunningMeans()
         self._projection: ProjectionCallback | None = None
-        if args.preserve == "projection":
-            assert anchor is not None
-            self.shield = GradientShield(
-                self.model,
-                anchor,
-                dual_backward=args.dual_backward,  # type: ignore[arg-type]
-                granularity=args.granularity,  # type: ignore[arg-type]
-                penalty_scale=args.penalty_scale,
-                projection_eps=args.projection_eps,
-                layers=args.decoder_layers,
-                # The guard below drops the whole step, and has to see why.
-                drop_non_finite=False,
-            )
+        if self.shield is not None:
             self._projection = ProjectionCallback(args.output_dir)
             self.add_callback(self._projection)
+        if isinstance(self.shield, GradientShield) and args.neuron_cosine_steps:
+            self.add_callback(NeuronCosineCallback(self.shield, args.output_dir, args.neuron_cosine_steps))
         self.add_callback(NonFiniteGuard())
-        self._expert = expert_parameters(self.model, args.expert_modules)
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
             if args.load_best_model_at_end and args.save_only_model:
@@ -149,19 +167,65 @@ class AEGISTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The Trainer's own step, inside the shield."""
-        if self.shield is None or self._projection is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with self.shield:
+        """The Trainer's own step, with what keeps the model's knowledge around it."""
+        accumulation = self.current_gradient_accumulation_steps
+        step = self.state.global_step
+        self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
+        number = step * self.args.gradient_accumulation_steps + self._micro_batch[1]
+        with self.preservation.micro_batch(number, 1 / accumulation):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        report = self.shield.report
-        if report is None or report.mean_term.numel() == 0:
-            raise RuntimeError(
-                "the task's gradient reached no decoder layer, so there is nothing to project: do the layers train, "
-                'and does the loss depend on them? Without a gradient into the decoder, use preserve="none"'
-            )
-        self._projection.add(self.state.global_step + 1, report)
+        if self.shield is not None and self._projection is not None:
+            report = self.shield.report
+            if report is None or not report.groups:
+                raise RuntimeError(
+                    "the task's gradient reached no decoder layer, so there is nothing to project: do the layers "
+                    'train, and does the loss depend on them? Without a gradient into the decoder, use preserve="none"'
+                )
+            self._projection.add(self.state.global_step + 1, report)
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss; in training, plus the penalties. Notes the flow-matching error of either."""
+        if not model.training:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self._note_flow(self._evaluation_means, outputs, inputs)
+            return (loss, outputs) if return_outputs else loss
+        with self.preservation.recording():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._note_flow(self._task_means, outputs, inputs)
+        if (added := self.preservation.added_loss()) is not None:
+            # A loss that is normalised over the whole accumulated batch is not divided by the micro-batches later.
+            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + (added / self.current_gradient_accumulation_steps if whole else added)
+        return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _note_flow(means: RunningMeans, outputs: Any, inputs: dict[str, Any]) -> None:
+        flow = outputs.get("flow_mse") if isinstance(outputs, dict) else None
+        if flow is not None:
+            means.add("flow_mse", flow, weight=len(inputs["actions"]))
+
+    def _replay_loss(self, batch: Any) -> Tensor:
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.model(**inputs).loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with the flow-matching error among the metrics, whatever else the loss holds."""
+        self._evaluation_means.read()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._evaluation_means.read(self._total)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the action expert's parameters in groups of their own learning rate."""
@@ -220,8 +284,9 @@ class AEGISTrainer(Trainer):
             yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the projection's means, and the count of dropped steps, to what the training loop logs."""
+        """Adds flow error, penalties, the projection's means and the dropped steps to what the training loop logs."""
         if "loss" in logs:
+            logs = {**logs, **self._task_means.read(self._total), **self.preservation.figures()}
             if self._projection is not None:
                 logs = {**logs, **self._projection.means()}
             if self.non_finite_guard.skipped_steps:
@@ -267,17 +332,9 @@ def _freeze(model: nn.Module, names: list[str] | None) -> None:
         module.requires_grad_(False)
 
 
-def _action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:
-    """Processor and collator for a `PaliGemmaFlowForAction` whose user gave no collator; else what was given."""
-    from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
-
-    base = unwrap_model(model)
-    if not isinstance(base, PaliGemmaFlowForAction):
-        return processor, None
-    if processor is None:
-        processor = PaliGemmaFlowProcessor.from_vlm_processor(
-            base.config.vlm_name_or_path or base.config._name_or_path,
-            statistics=getattr(dataset, "statistics", None),
-            cameras=getattr(dataset, "cameras", None),
-        )
-    return processor, PaliGemmaFlowCollator(processor)
+def _because(args: AEGISConfig, name: str) -> str:
+    """The argument that asks for `name`, as its user wrote it."""
+    if args.preserve == "projection" and args.reference == name:
+        return f'preserve="projection" with reference="{name}"'
+    wanted = ("replay", "ewc") if name == "replay" else (name,)
+    return f"penalties={ ({key: weight for key, weight in (args.penalties or {}).items() if key in wanted}) }"

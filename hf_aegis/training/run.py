@@ -4,69 +4,41 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from peft import PeftModel
 from transformers import set_seed
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.assets import DEMONSTRATIONS, EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
 from hf_aegis.data import LiberoDataset
-from hf_aegis.data.vqa import load_easy_vqa
+from hf_aegis.data.fast_tokenizer import FASTTokenizer
+from hf_aegis.data.vqa import VQACollator, VQASample
+from hf_aegis.data.vqa_sources import load_vqa
+from hf_aegis.evaluation.open_loop import open_loop_error
 from hf_aegis.evaluation.vqa import VQAHoldout
-from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+from hf_aegis.training.adapters import add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
+from hf_aegis.training.analysis import Analysis
 from hf_aegis.training.callbacks import mean_summary
 from hf_aegis.training.json_lines import PROJECTION_FILE, JSONLines, finite_json
 from hf_aegis.training.resources import ResourceCallback
+from hf_aegis.training.run_arguments import RunArguments
 from hf_aegis.training.run_lock import locked_folder
+from hf_aegis.training.weight_interpolation import interpolate_weights
 
 
 RESULT_FILE = "result.json"
 RECIPE_FILE = "recipe.yaml"
+ADAPTER_FOLDER = "adapter"
 _PACKAGES = ("hf-aegis", "torch", "transformers", "accelerate", "peft", "datasets", "h5py", "numpy", "safetensors")
-
-
-@dataclass
-class RunArguments:
-    """
-    What is trained on what. The arguments of the training itself are those of [`AEGISConfig`].
-
-    Args:
-        model (`str`, *optional*): Folder or Hub id of a PaliGemma; by default the embedded one.
-        demonstrations (`list[str]`, *optional*): LIBERO HDF5 files or folders; by default the embedded ones.
-        anchor (`str`, *optional*): Folder or Hub id of the anchor; needed unless `preserve="none"`.
-        chunk_size (`int`, *optional*, defaults to `50`): Actions per chunk.
-        held_out_per_task (`int`, *optional*, defaults to `1`): Demonstrations of each task kept for evaluation.
-        short_demonstrations (`str`, *optional*, defaults to `"error"`): `"pad"` admits those shorter than a chunk.
-        expert (`dict`, *optional*): Fields of [`PaliGemmaFlowConfig`], such as `expert_hidden_size`.
-        dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
-        vqa_samples (`int`, *optional*, defaults to `500`): Questions of the hold-out during training; 0 for none.
-        vqa_seed (`int`, *optional*, defaults to `0`): Selects them.
-        vqa_final_samples (`int`, *optional*):
-            Questions asked after training; by default the whole test split, 0 for none.
-    """
-
-    model: str | None = field(default=None, metadata={"help": "PaliGemma to fine-tune; default: the embedded one."})
-    demonstrations: list[str] | None = field(default=None, metadata={"help": "LIBERO HDF5; default: embedded."})
-    anchor: str | None = field(default=None, metadata={"help": "Folder or Hub id of the anchor."})
-    chunk_size: int = field(default=50, metadata={"help": "Actions per chunk."})
-    held_out_per_task: int = field(default=1, metadata={"help": "Demonstrations of each task kept for evaluation."})
-    short_demonstrations: Literal["error", "pad"] = field(
-        default="error", metadata={"help": "What those shorter than a chunk are."}
-    )
-    expert: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of PaliGemmaFlowConfig, as JSON."})
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
-        default="float32", metadata={"help": "Dtype of the weights."}
-    )
-    vqa_samples: int = field(default=500, metadata={"help": "Questions of the hold-out during training."})
-    vqa_seed: int = field(default=0, metadata={"help": "Selects them."})
-    vqa_final_samples: int | None = field(default=None, metadata={"help": "Questions after training; default: all."})
 
 
 def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
@@ -79,8 +51,9 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
 
     Returns:
         `dict`: `vqa_cross_entropy`, `vqa_accuracy` and `vqa_accuracy_by_type` on the final questions, if there are
-        any; `flow_mse` on the held-out demonstrations; with the projection the means of its figures over training;
-        `step_ms`, `peak_memory_mb` and `skipped_steps`; and what produced them.
+        any; `flow_mse` and `action_mse` on the held-out demonstrations; with a discrete head `fast_action_mse` and
+        `fast_decode_failures`; with a reference gradient the means of its figures over training; `step_ms`,
+        `peak_memory_mb`, `trainable_parameters` and `skipped_steps`; and what produced them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
@@ -93,14 +66,11 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
 
 
 def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
+    run.check()
     recipe = _resolved(run, args)
     if (finished := _finished(folder, recipe)) is not None:
         return finished
 
-    for name in ("dtype", "short_demonstrations"):
-        choices = get_args(get_type_hints(RunArguments)[name])
-        if (value := getattr(run, name)) not in choices:
-            raise ValueError(f"{name} must be one of {choices}, found {value!r}")
     set_seed(args.seed)
     source = run.model or str(EMBEDDED_VLM)
     splits = _datasets(run)
@@ -108,34 +78,51 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         source, dtype=getattr(torch, run.dtype), chunk_size=run.chunk_size, **(run.expert or {})
     )
     processor = PaliGemmaFlowProcessor.from_vlm_processor(
-        source, statistics=splits["train"].statistics, cameras=splits["train"].cameras
+        source,
+        statistics=splits["train"].statistics,
+        cameras=splits["train"].cameras,
+        action_tokenizer=None if run.fast is None else _fit_action_tokenizer(splits["train"], run.fast),
     )
-    anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and args.preserve != "none" else None
-    holdout = _holdout(run.vqa_samples, run.vqa_seed, processor)
-    # Before the training, lest what is wrong with it come out after hours.
-    final_holdout = _holdout(run.vqa_final_samples, run.vqa_seed, processor)
+    anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and args.needs_anchor else None
+    # All that is evaluated on, before the training, lest what is wrong with it come out after hours.
+    holdout = _holdout(run, processor, final=False)
+    final_holdout = _holdout(run, processor, final=True)
+    replay = _questions(run.replay_dataset, run.replay_split, run.replay_samples, run) if args.needs_replay else None
+    analysis = Analysis(folder, run, processor, splits["train"]) if run.analysis_samples else None
+    if analysis is not None:
+        analysis.before(model)
     trainer = AEGISTrainer(
-        model,
+        model if run.lora is None else add_lora(model, run.lora),
         args,
         anchor=anchor,
+        replay_dataset=replay,
+        replay_collator=VQACollator(processor),
         vqa_holdout=holdout,
+        data_collator=PaliGemmaFlowCollator(processor, action_tokens=run.fast is not None),
         train_dataset=splits["train"],
         eval_dataset=splits["held_out"],
         processing_class=processor,
         callbacks=[ResourceCallback()],
     )
+    policy = trainer.model
+    shared = trainer.preservation.weights
+    pretrained = (
+        {name: p.detach().clone() for name, p in shared.items()} if run.weight_interpolation is not None else {}
+    )
     write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=True)
+    if run.weight_interpolation is not None:
+        interpolate_weights(shared, pretrained, run.weight_interpolation)
     flow = trainer.evaluate()
-    final = _scores(final_holdout, model) if final_holdout is not None else {}
-    trainer.save_model(str(folder))
     # The Trainer may replace its callbacks when it resumes.
     resources = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceCallback))
     result = {
-        **final,
-        "flow_mse": flow["eval_loss"] / model.config.flow_loss_scale,
+        **(_scores(final_holdout, policy) if final_holdout is not None else {}),
+        "flow_mse": flow["eval_flow_mse"],
+        **_action_errors(run, policy, processor, splits["held_out"]),
         "step_ms": resources.step_ms,
         "peak_memory_mb": resources.peak_mb,
+        "trainable_parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
         **(_means(folder) if trainer.shield is not None else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "fingerprints": {
@@ -148,9 +135,22 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
     }
+    if analysis is not None:
+        analysis.after(policy)
+    _save(trainer, folder)
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
+
+
+def _save(trainer: AEGISTrainer, folder: Path) -> None:
+    """The model with its processor; of one with adapters those apart, and the model that they are merged into."""
+    if isinstance(trainer.model, PeftModel):
+        trainer.save_model(str(folder / ADAPTER_FOLDER))
+        trainer.model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
 
 
 def _datasets(run: RunArguments) -> dict[str, LiberoDataset]:
@@ -164,11 +164,44 @@ def _datasets(run: RunArguments) -> dict[str, LiberoDataset]:
     return {"train": train, "held_out": LiberoDataset(paths, split="held_out", statistics=train.statistics, **common)}
 
 
-def _holdout(samples: int | None, seed: int, processor: PaliGemmaFlowProcessor) -> VQAHoldout | None:
-    return None if samples == 0 else VQAHoldout(load_easy_vqa("test", samples, seed=seed), processor)
+def _fit_action_tokenizer(dataset: LiberoDataset, options: dict[str, Any]) -> FASTTokenizer:
+    if unknown := sorted(set(options) - {"scale", "vocab_size"}):
+        raise ValueError(f"fast: unknown key {unknown[0]!r}, expected some of ['scale', 'vocab_size']")
+    return FASTTokenizer.fit(list(dataset.action_chunks()), **options)
 
 
-def _scores(holdout: VQAHoldout, model: PaliGemmaFlowForAction) -> dict[str, Any]:
+def _questions(dataset: str, split: str, samples: int | None, run: RunArguments) -> list[VQASample]:
+    return load_vqa(dataset, split, samples, seed=run.vqa_seed)
+
+
+def _holdout(run: RunArguments, processor: PaliGemmaFlowProcessor, final: bool) -> VQAHoldout | None:
+    samples = run.vqa_final_samples if final else run.vqa_samples
+    if samples == 0:
+        return None
+    dataset, split = run.vqa_dataset, run.vqa_split
+    if final:
+        dataset, split = run.vqa_final_dataset or dataset, run.vqa_final_split or split
+    return VQAHoldout(_questions(dataset, split, samples, run), processor)
+
+
+def _action_errors(
+    run: RunArguments, policy: Any, processor: PaliGemmaFlowProcessor, dataset: LiberoDataset
+) -> dict[str, Any]:
+    """Open-loop errors of the flow expert and, where there is one, of the discrete head."""
+    if run.action_samples == 0:
+        return {}
+    indices = np.linspace(0, len(dataset) - 1, min(run.action_samples, len(dataset))).round().astype(int).tolist()
+    collator = PaliGemmaFlowCollator(processor)
+    errors: dict[str, Any] = {}
+    errors["action_mse"] = open_loop_error(policy, dataset, collator, indices)["action_mse"]
+    if run.fast is not None:
+        options = {"head": "fast", "action_tokenizer": processor.action_tokenizer}
+        discrete = open_loop_error(policy, dataset, collator, indices, **options)
+        errors["fast_action_mse"], errors["fast_decode_failures"] = discrete["action_mse"], discrete["failures"]
+    return errors
+
+
+def _scores(holdout: VQAHoldout, model: torch.nn.Module) -> dict[str, Any]:
     result = holdout.evaluate(model)
     return {
         "vqa_cross_entropy": result.cross_entropy,
@@ -180,7 +213,8 @@ def _scores(holdout: VQAHoldout, model: PaliGemmaFlowForAction) -> dict[str, Any
 def _means(folder: Path) -> dict[str, float]:
     """Means over training of the projection's figures, over every projected backward pass."""
     means = mean_summary(record["summary"] for record in JSONLines(folder / PROJECTION_FILE).read())
-    return {name: means[name] for name in ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty") if means}
+    figures = ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty", "replay_loss")
+    return {name: means[name] for name in figures if name in means}
 
 
 def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ways of training in which the projection, or the training itself, would silently not be right."""
+"""Ways of training in which what keeps the knowledge, or the training itself, would silently not be right."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from hf_aegis.training.aegis_config import AEGISConfig
 def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     """
     Raises:
-        ValueError: If the projection would not be right, with the way of training that is asked for.
+        ValueError: If projection or penalties would not be right with the way of training that is asked for.
     """
-    if args.preserve == "none":
+    if args.preserve == "none" and not args.penalties:
         return
     optimizer = OptimizerNames(args.optim).value
     stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
@@ -31,7 +31,8 @@ def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"preserve={args.preserve!r} is not supported with {reason}")
+            what = f"preserve={args.preserve!r}" if args.preserve != "none" else f"penalties={args.penalties}"
+            raise ValueError(f"{what} is not supported with {reason}")
 
 
 def refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hf_aegis.cli import build_parser, demo
+from hf_aegis.cli.conditions import check_runnable, resolve_anchors, resolve_conditions
 from hf_aegis.cli.recipe import parse_recipe
 
 
@@ -173,8 +174,12 @@ def command_of(recipe):
     """The command line that a shipped recipe is for; none for one with a program of its own."""
     if recipe.with_suffix(".py").exists():
         return None
-    for prefix, command in (("anchor_", ["anchor"]), ("libero_", ["data", "record-libero"])):
-        if recipe.name.startswith(prefix):
+    for prefixes, command in (
+        (("anchor_",), ["anchor"]),
+        (("libero_",), ["data", "record-libero"]),
+        (("compare_", "ablations_"), ["compare"]),
+    ):
+        if recipe.name.startswith(prefixes):
             return command
     return ["train"]
 
@@ -193,8 +198,34 @@ def test_shipped_recipes_parse_and_keep_their_values(recipe):
     else:
         instances = build_parser().parse_args([*command, "--config", str(recipe)]).recipe
         parsed = {name: value for instance in instances for name, value in vars(instance).items()}
-    assert len(values) > 3
+    assert len(values) > 2
     assert {name: parsed[name] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in sorted(RECIPES.glob("*.yaml")) if command_of(path) == ["compare"]],
+    ids=lambda path: path.stem,
+)
+def test_every_condition_of_a_shipped_comparison_makes_a_run(recipe):
+    (asked,) = build_parser().parse_args(["compare", "--config", str(recipe)]).recipe
+    anchors = asked.anchors or {}
+    # Training in bf16 is refused without a GPU, unless the CPU is asked for.
+    conditions = resolve_conditions(asked.conditions, asked.shared or {}, {"use_cpu": True}, anchors, recipe)
+    check_runnable(conditions, recipe)
+    assert resolve_anchors(anchors, conditions, recipe).keys() == anchors.keys()
+    assert len(asked.seeds) >= 3
+
+
+def test_embedded_comparisons_share_their_settings_with_the_demo():
+    compared, ablated = (
+        yaml.safe_load((RECIPES / f"{name}_embedded.yaml").read_text()) for name in ("compare", "ablations")
+    )
+    assert compared["shared"] == ablated["shared"]
+    assert compared["anchors"]["easy_vqa"] == ablated["anchors"]["easy_vqa"]
+    assert compared["conditions"]["aegis"] == ablated["conditions"]["aegis"]
+    differ = {name for name, value in demo.TRAINING.items() if compared["shared"].get(name) != value}
+    assert differ == {"eval_steps", "vqa_steps", "save_steps"}
 
 
 def test_the_recipe_of_the_demo_is_what_the_demo_runs():
@@ -211,3 +242,32 @@ def test_the_recipe_of_the_demo_is_what_the_demo_runs():
 def _defaults():
     command = build_parser().parse_args(["train", "--output_dir", "o", "--anchor", "a"])
     return {name: value for instance in command.recipe for name, value in vars(instance).items()}
+
+
+@dataclasses.dataclass
+class Extended:
+    rate: float = 0.1
+    steps: int = 1
+    sizes: dict[str, Any] | None = None
+
+
+def test_a_recipe_extends_another(tmp_path):
+    base, middle, top = tmp_path / "base.yaml", tmp_path / "sub" / "middle.yaml", tmp_path / "top.yaml"
+    middle.parent.mkdir()
+    base.write_text("rate: 0.5\nsteps: 7\nsizes: {layers: 2, heads: 4}\n")
+    middle.write_text("extends: ../base.yaml\nsizes: {heads: 8}\n")
+    top.write_text("extends: sub/middle.yaml\nsteps: 9\n")
+    assert parse_recipe([Extended], ["--config", str(top)]) == (Extended(0.5, 9, {"layers": 2, "heads": 8}),)
+    for text, error, message in (
+        ("extends: ../top.yaml", ValueError, "middle.yaml: key 'extends' is '../top.yaml', which extends this recipe"),
+        ("extends: [a]", ValueError, r"middle.yaml: key 'extends' is \['a'\], expected the path of a recipe"),
+        ("extends: ../nowhere.yaml", FileNotFoundError, "nowhere.yaml"),
+        ("extends: ../base.yaml\nraet: 1", ValueError, r"middle.yaml: unknown keys \['raet'\]"),
+    ):
+        middle.write_text(text)
+        with pytest.raises(error, match=message):
+            parse_recipe([Extended], ["--config", str(top)])
+    middle.write_text("extends: ../base.yaml")
+    base.write_text("rate: fast")
+    with pytest.raises(ValueError, match=r"base.yaml: key 'rate' is 'fast', expected float"):
+        parse_recipe([Extended], ["--config", str(top)])

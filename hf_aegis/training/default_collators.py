@@ -1,0 +1,32 @@
+"""The collators of a `PaliGemmaFlowForAction` whose user gave none."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from hf_aegis.anchors.decoder_layers import unwrap_model
+
+
+def question_collator(model: nn.Module, processor: Any) -> Callable[[list[Any]], Any] | None:
+    """For samples of questions; `None` for another model."""
+    from hf_aegis.data.vqa import VQACollator
+    from hf_aegis.models import PaliGemmaFlowForAction
+
+    return VQACollator(processor) if isinstance(unwrap_model(model), PaliGemmaFlowForAction) else None
+
+
+def action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:
+    """For samples of robot data, with the processor it uses; for another model the given processor and `None`."""
+    from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+
+    base = unwrap_model(model)
+    if not isinstance(base, PaliGemmaFlowForAction):
+        return processor, None
+    if processor is None:
+        processor = PaliGemmaFlowProcessor.from_vlm_processor(
+            base.config.vlm_name_or_path or base.config._name_or_path,
+            statistics=getattr(dataset, "statistics", None),
+            cameras=getattr(dataset, "cameras", None),
+        )
+    return processor, PaliGemmaFlowCollator(processor)

@@ -1,0 +1,154 @@
+"""What keeps a model's knowledge in one training: the parts of `hf_aegis.gradients`, wired as the arguments say."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.gradients import (
+    DistillationLoss,
+    GradientShield,
+    QuadraticPenalty,
+    ReplayShield,
+    TransportLoss,
+    fisher_diagonal,
+)
+from hf_aegis.training.aegis_config import AEGISConfig
+from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.running_means import RunningMeans
+
+
+# Of the batches that the Fisher information is estimated on, apart from those that are replayed.
+_FISHER_STREAM = 1
+
+
+class Preservation:
+    """
+    The reference gradient, the added losses and the weight penalties of one training.
+
+    The model's weights at construction are what is to be kept: they are the teacher of `"distillation"` and the centre
+    of `"l2sp"` and `"ewc"`, in a resumed training too.
+
+    Args:
+        model (`torch.nn.Module`): What is trained.
+        args ([`AEGISConfig`]): Says which parts there are.
+        anchor ([`ActivationAnchor`], *optional*): For those that need it.
+        replay ([`ReplayBatches`], *optional*): For those that need it.
+        replay_loss (`Callable`): The model's loss on a replayed batch.
+        weights (`Mapping[str, torch.nn.Parameter]`):
+            What `"l2sp"` and `"ewc"` hold: all that trains but the action expert.
+
+    Attributes:
+        shield ([`GradientShield`] or [`ReplayShield`], *optional*): What combines task and reference gradients.
+        weights (`dict[str, torch.nn.Parameter]`): As given.
+        means ([`RunningMeans`]): Of the added losses, unweighted, as `<name>_loss`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: AEGISConfig,
+        anchor: ActivationAnchor | None,
+        replay: ReplayBatches | None,
+        replay_loss: Callable[[Any], Tensor],
+        weights: Mapping[str, Parameter],
+    ) -> None:
+        penalties = args.penalties or {}
+        self.weights = dict(weights)
+        self.means = RunningMeans()
+        self._number, self._share = 0, 1.0
+        self._penalties = penalties
+        self._replay = replay
+        self._replay_loss = replay_loss
+        self._layer_losses: dict[str, TransportLoss | DistillationLoss] = {}
+        if "transport" in penalties:
+            assert anchor is not None
+            self._layer_losses["transport"] = TransportLoss(model, anchor, layers=args.decoder_layers)
+        if "distillation" in penalties:
+            self._layer_losses["distillation"] = DistillationLoss(model, layers=args.decoder_layers)
+        self._weight_penalties: dict[str, QuadraticPenalty] = {}
+        if "l2sp" in penalties:
+            self._weight_penalties["l2sp"] = QuadraticPenalty(weights, penalties["l2sp"])
+        if "ewc" in penalties:
+            self._weight_penalties["ewc"] = QuadraticPenalty(
+                weights, penalties["ewc"], self._fisher(model, args, weights)
+            )
+        self.shield = self._make_shield(model, args, anchor)
+
+    @contextlib.contextmanager
+    def micro_batch(self, number: int, share: float) -> Iterator[None]:
+        """
+        Around forward and backward pass of micro-batch `number`, counted over the whole training, which makes up
+        `share` of its optimiser step.
+        """
+        self._number, self._share = number, share
+        if isinstance(self.shield, ReplayShield):
+            self.shield.step, self.shield.replay_scale = number, share
+        with self.shield or contextlib.nullcontext():
+            yield
+        for penalty in self._weight_penalties.values():
+            penalty.add_gradients(share)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the task's forward pass, whose layers the added losses look at."""
+        with contextlib.ExitStack() as stack:
+            for loss in self._layer_losses.values():
+                stack.enter_context(loss.recording())
+            yield
+
+    def added_loss(self) -> Tensor | None:
+        """The weighted sum of what is added to the loss of the micro-batch under way, or `None` if nothing is."""
+        values = {name: loss.value() for name, loss in self._layer_losses.items()}
+        if "replay" in self._penalties:
+            values["replay"] = self._next_replay_loss()
+        for name, value in values.items():
+            self.means.add(f"{name}_loss", value)
+        weighted = [self._penalties[name] * value for name, value in values.items()]
+        return torch.stack(weighted).sum() if weighted else None
+
+    def figures(self) -> dict[str, float]:
+        """Means of the added losses since the last call, and the weight penalties' present values."""
+        weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
+        return {**self.means.read(), **weights}
+
+    def _make_shield(
+        self, model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None
+    ) -> GradientShield | ReplayShield | None:
+        if args.preserve == "none":
+            return None
+        options: dict[str, Any] = {
+            "granularity": args.granularity,
+            "projection_eps": args.projection_eps,
+            "layers": args.decoder_layers,
+            # The trainer's guard drops the whole step, and has to see why.
+            "drop_non_finite": False,
+        }
+        if args.reference == "replay":
+            return ReplayShield(model, self._next_replay_loss, combiner=args.combiner, seed=args.seed, **options)
+        assert anchor is not None
+        return GradientShield(
+            model,
+            anchor,
+            dual_backward=args.dual_backward,  # type: ignore[arg-type]
+            penalty_scale=args.penalty_scale,
+            **options,
+        )
+
+    def _next_replay_loss(self) -> Tensor:
+        assert self._replay is not None
+        return self._replay_loss(self._replay[self._number])
+
+    def _fisher(self, model: nn.Module, args: AEGISConfig, weights: Mapping[str, Parameter]) -> dict[str, Tensor]:
+        assert self._replay is not None
+        if args.fisher_samples > len(self._replay.dataset):
+            raise ValueError(
+                f"fisher_samples={args.fisher_samples}, but replay_dataset has {len(self._replay.dataset)} samples"
+            )
+        singles = ReplayBatches(self._replay.dataset, self._replay.collator, 1, args.seed + _FISHER_STREAM)
+        batches = (singles[number] for number in range(args.fisher_samples))
+        return fisher_diagonal(model, weights, batches, loss=lambda _, batch: self._replay_loss(batch))

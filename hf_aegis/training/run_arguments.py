@@ -1,0 +1,92 @@
+"""What one training run is of: model, data, evaluation. Its way of training is an [`AEGISConfig`]."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+
+@dataclass
+class RunArguments:
+    """
+    What is trained on what. The arguments of the training itself are those of [`AEGISConfig`].
+
+    Args:
+        model (`str`, *optional*): Folder or Hub id of a PaliGemma; by default the embedded one.
+        demonstrations (`list[str]`, *optional*): LIBERO HDF5 files or folders; by default the embedded ones.
+        anchor (`str`, *optional*): Folder or Hub id of the anchor, where the training needs one.
+        chunk_size (`int`, *optional*, defaults to `50`): Actions per chunk.
+        held_out_per_task (`int`, *optional*, defaults to `1`): Demonstrations of each task kept for evaluation.
+        short_demonstrations (`str`, *optional*, defaults to `"error"`): `"pad"` admits those shorter than a chunk.
+        expert (`dict`, *optional*): Fields of [`PaliGemmaFlowConfig`], such as `expert_hidden_size`, or
+            `flow_gradient_to_vlm: false` to keep the action loss out of the vision-language model.
+        lora (`dict`, *optional*): Fields of `peft.LoraConfig`: the language model trains through low-rank adapters,
+            projector and expert in full, all else is frozen. An empty mapping takes peft's defaults.
+        fast (`dict`, *optional*): Options of [`FASTTokenizer.fit`], such as `vocab_size`: a tokenizer is fitted on the
+            training actions, and the language model learns to predict their tokens.
+        weight_interpolation (`float`, *optional*):
+            After training, the vision-language model's weights become this share of the fine-tuned and the rest of the
+            pre-trained ones.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
+        vqa_dataset (`str`, *optional*, defaults to `"easy-vqa"`): Questions of the hold-out; see `load_vqa`.
+        vqa_split (`str`, *optional*, defaults to `"test"`): Their split.
+        vqa_samples (`int`, *optional*, defaults to `500`): How many during training; 0 for none.
+        vqa_seed (`int`, *optional*, defaults to `0`): Selects them.
+        vqa_final_dataset (`str`, *optional*): Questions asked after training; by default those of `vqa_dataset`.
+        vqa_final_split (`str`, *optional*): Their split; by default `vqa_split`.
+        vqa_final_samples (`int`, *optional*): How many after training; by default the whole split, 0 for none.
+        replay_dataset (`str`, *optional*, defaults to `"easy-vqa"`):
+            Questions that methods with replay or Fisher information learn from.
+        replay_split (`str`, *optional*, defaults to `"train"`): Their split.
+        replay_samples (`int`, *optional*, defaults to `3000`): How many, selected by `vqa_seed`.
+        action_samples (`int`, *optional*, defaults to `256`):
+            Held-out chunks, evenly spaced, whose sampled actions are compared with the recorded ones; 0 for none.
+        analysis_samples (`int`, *optional*, defaults to `0`):
+            Samples from which gradient spectra before training, and hidden states before and after, are kept for the
+            report; 0 for none.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "PaliGemma to fine-tune; default: the embedded one."})
+    demonstrations: list[str] | None = field(default=None, metadata={"help": "LIBERO HDF5; default: embedded."})
+    anchor: str | None = field(default=None, metadata={"help": "Folder or Hub id of the anchor."})
+    chunk_size: int = field(default=50, metadata={"help": "Actions per chunk."})
+    held_out_per_task: int = field(default=1, metadata={"help": "Demonstrations of each task kept for evaluation."})
+    short_demonstrations: Literal["error", "pad"] = field(
+        default="error", metadata={"help": "What those shorter than a chunk are."}
+    )
+    expert: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of PaliGemmaFlowConfig, as JSON."})
+    lora: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig, as JSON."})
+    fast: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the FAST tokenizer, as JSON."})
+    weight_interpolation: float | None = field(
+        default=None, metadata={"help": "Share of the fine-tuned weights in the final model."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
+        default="float32", metadata={"help": "Dtype of the weights."}
+    )
+    vqa_dataset: str = field(default="easy-vqa", metadata={"help": "Questions of the hold-out."})
+    vqa_split: str = field(default="test", metadata={"help": "Their split."})
+    vqa_samples: int = field(default=500, metadata={"help": "Questions of the hold-out during training."})
+    vqa_seed: int = field(default=0, metadata={"help": "Selects them."})
+    vqa_final_dataset: str | None = field(default=None, metadata={"help": "Questions after training; default: same."})
+    vqa_final_split: str | None = field(default=None, metadata={"help": "Their split; default: the same."})
+    vqa_final_samples: int | None = field(default=None, metadata={"help": "Questions after training; default: all."})
+    replay_dataset: str = field(default="easy-vqa", metadata={"help": "Questions that are replayed."})
+    replay_split: str = field(default="train", metadata={"help": "Their split."})
+    replay_samples: int = field(default=3000, metadata={"help": "How many of them."})
+    action_samples: int = field(default=256, metadata={"help": "Held-out chunks whose actions are sampled."})
+    analysis_samples: int = field(default=0, metadata={"help": "Samples of spectra and hidden states."})
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: If a value is unknown or out of range; the message names the field.
+        """
+        for name in ("dtype", "short_demonstrations"):
+            choices = get_args(get_type_hints(RunArguments)[name])
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, found {value!r}")
+        for name in ("vqa_samples", "action_samples", "analysis_samples"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, found {value}")
+        if self.weight_interpolation is not None and not 0 <= self.weight_interpolation <= 1:
+            raise ValueError(f"weight_interpolation must lie in [0, 1], found {self.weight_interpolation}")
+        if self.weight_interpolation is not None and self.lora is not None:
+            raise ValueError("weight_interpolation is of weights that train in full: it cannot be combined with lora")
