@@ -9,13 +9,18 @@ from hf_aegis.cli.command_parser import CommandParser
 
 def configure(parser: CommandParser) -> None:
     """Makes the fields of the run's and of the training's arguments the options."""
+    parser.take_recipe(*recipe_classes())
+
+
+def recipe_classes() -> tuple[type, type]:
+    """What a recipe of this command holds: the run's arguments and the training's."""
     # When imported, it warns of a missing kernel that only 4-bit models on a CPU would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     from hf_aegis.training import AEGISConfig
-    from hf_aegis.training.run import RunArguments
+    from hf_aegis.training.run_arguments import RunArguments
 
-    parser.take_recipe(RunArguments, AEGISConfig)
+    return RunArguments, AEGISConfig
 
 
 def run(arguments: argparse.Namespace) -> int:

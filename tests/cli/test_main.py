@@ -30,7 +30,7 @@ import json, sys
 from hf_aegis.cli import main
 loaded = {{}}
 for argv in (["--help"], ["demo", "--help"], ["eval-vqa", "--help"], ["data", "--help"], ["data", "combine", "--help"],
-             ["anchor", "--help"]):
+             ["anchor", "--help"], ["compare", "--help"]):
     try:
         main(argv)
     except SystemExit as ended:
@@ -47,6 +47,7 @@ print(json.dumps(loaded), file=sys.stderr)
     [
         ((), list(COMMANDS)),
         (("demo",), ["--output_dir", "--max_steps", "--seed", "--vqa_final_samples"]),
+        (("compare",), ["--config", "--conditions", "--seeds", "--shared", "--anchors", "--only", "--jobs"]),
         (("train",), ["--anchor", "--expert", "--vqa_samples", "--preserve", "--penalty_scale", "--max_steps"]),
         (("anchor",), ["--config", "--model", "--num_samples", "--moments"]),
         (("eval-vqa",), ["--model", "--revision", "--attn_implementation", "--device", "--max_samples", "--output"]),
@@ -85,6 +86,8 @@ def test_every_command_has_help(capsys, command, options):
         (("train", "--stepps", "3"), "hf-aegis train", "unrecognized arguments: --stepps 3; see hf-aegis train"),
         (("train", "--preserve", "all"), "hf-aegis train", "argument --preserve: invalid choice: 'all'"),
         (("train", "--output_dir", "o", "--vqa_steps", "0"), "hf-aegis train", "vqa_steps must be positive, found 0"),
+        (("compare",), "hf-aegis compare", "are required: --output_dir"),
+        (("compare", "--config", "no.yaml"), "hf-aegis compare", "no.yaml"),
         (("data",), "hf-aegis data", "required: COMMAND"),
         (("data", "convert"), "hf-aegis data", "invalid choice: 'convert'"),
         (("data", "record-libero"), "hf-aegis data", "required: --output_dir"),
