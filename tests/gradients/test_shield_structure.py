@@ -1,6 +1,7 @@
 """Decoders that are not a plain chain of hidden outputs: refused, or right where they can be."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ class Decoder(nn.Module):
 
 
 class FakeAnchor:
+    fingerprint = SimpleNamespace(tokens="all")
+
     def __init__(self, layers=3):
         generator = torch.Generator().manual_seed(2)
         self.mean = torch.randn(layers, WIDTH, generator=generator)
