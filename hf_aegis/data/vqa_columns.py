@@ -1,5 +1,6 @@
 """From a row of a VQA set to an annotation: which columns hold what in the common mirrors of VQA v2 and OK-VQA."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class VQAColumns:
                 f"{name}: column {self.answers!r} must hold the answers of at least {MINIMUM_ANSWERS} annotators, "
                 f"since with fewer nothing scores one; found {values}. A single ground truth belongs in 'answer'."
             )
-        return tuple(values)
+        # A big set holds millions of answers, most of them the same few: each is kept once.
+        return tuple(map(sys.intern, values))
 
     @staticmethod
     def _label(row: Mapping[str, Any], column: str | None) -> str | None:

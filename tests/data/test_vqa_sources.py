@@ -97,6 +97,23 @@ def test_a_subset_of_a_dataset_is_shuffled_as_easy_vqa_is(datasets, tmp_path):
         load_vqa(str(tmp_path / "set"), max_samples=31)
 
 
+def test_a_shuffled_stream_depends_on_the_seed_alone(datasets, tmp_path):
+    features, row = mirror(datasets, "lmms-lab/OK-VQA")
+    rows = [row | {"image": IMAGES[index % 4], "question": f"{index}?"} for index in range(40)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+
+    def asked(seed):
+        samples = load_vqa(str(tmp_path / "set"), max_samples=10, seed=seed, streaming=True)
+        return [(sample.question, sample.image.getpixel((0, 0))) for sample in samples]
+
+    first = asked(0)
+    assert first == asked(0) != asked(1)
+    assert len(set(first)) == 10
+    # From about the first 20, each with its own image.
+    assert {int(question[:-1]) for question, _ in first} - set(range(10))
+    assert all(pixel == IMAGES[int(question[:-1]) % 4].getpixel((0, 0)) for question, pixel in first)
+
+
 def test_columns_can_be_named_and_left_out(datasets, tmp_path):
     rows = [{"picture": IMAGES[1], "q": "what?", "labels": ["a", "b"], "truth": "b", "answers": ["a", "b"]}]
     features = {"picture": datasets.Image(), "q": datasets.Value("string"), "truth": datasets.Value("string")}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hf_aegis.data.vqa import VQASample
+from hf_aegis.data.vqa import VQASample, VQASamples
 from hf_aegis.evaluation import VQAHoldout
 from hf_aegis.evaluation.vqa_scores import VQARecord
 from hf_aegis.functional.bootstrap import bootstrap_interval
@@ -202,6 +202,25 @@ def test_answers_of_all_annotators_are_scored_as_published(tiny_processor):
     assert result.accuracy == pytest.approx((0.6 + 0 + 1) / 3)
     assert result.any_match is None
     assert result.by_type["yes/no"].any_match == 0
+
+
+def test_a_lazy_set_is_the_same_holdout_and_stays_encoded(tiny_model, tiny_processor, samples):
+    opened = []
+
+    def open_image(row):
+        opened.append(row)
+        return samples[row].image.copy()
+
+    lazy = VQASamples(range(len(samples)), lambda row: samples[row].annotation, open_image)
+    holdout, expected = (
+        VQAHoldout(lazy, tiny_processor, batch_size=5),
+        VQAHoldout(samples, tiny_processor, batch_size=5),
+    )
+    assert opened == list(range(12))
+    assert holdout.samples is lazy
+    assert holdout.fingerprint == expected.fingerprint
+    assert holdout.evaluate(tiny_model) == expected.evaluate(tiny_model)
+    assert len(opened) == 12
 
 
 def test_generation_reaches_the_longest_answer_of_any_annotator(tiny_processor):
