@@ -58,13 +58,9 @@ class NeuronCosines:
         edges = [2 * index / self.bins - 1 for index in range(self.bins + 1)]
         return {"edges": edges, "counts": {group: counts.tolist() for group, counts in self._counts.items()}}
 
-    def state(self) -> dict[str, Any]:
-        """What [`~NeuronCosines.load`] goes on from: the same as `to_dict()`."""
-        return self.to_dict()
-
     def load(self, state: Mapping[str, Any]) -> None:
         """
-        Goes on from earlier counts; those so far are forgotten.
+        Goes on from the counts of an earlier `to_dict()`; those so far are forgotten.
 
         Raises:
             ValueError: If they have another number of bins; the group is named.

@@ -85,12 +85,12 @@ def test_counts_go_on_after_a_resume():
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, 10, 3, generator=generator) for _ in range(2)]
     first.observe("a", *pairs[0])
-    second.load(json.loads(json.dumps(first.state())))
+    second.load(json.loads(json.dumps(first.to_dict())))
     for cosines in (first, second):
         cosines.observe("a", *pairs[1])
     assert first.to_dict() == second.to_dict()
     assert sum(first.to_dict()["counts"]["a"]) == 20
     with pytest.raises(ValueError, match="counts of 'a' have 5 bins, expected 6"):
-        NeuronCosines(bins=6).load(first.state())
+        NeuronCosines(bins=6).load(first.to_dict())
     with pytest.raises(ValueError, match="bins must be at least 1"):
         NeuronCosines(bins=0)
