@@ -99,11 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
         only=tuple(asked.only) if asked.only is not None else None,
     )
     failures = comparison.execute()
-    print(markdown_table(collect_results(folder)))
-
-    from hf_aegis.cli.report import write_report
-
-    print(f"{folder}/results.json, results.csv, results.md; {write_report(folder)}")
+    results = collect_results(folder)
+    print(markdown_table(results))
+    print(f"{folder}/results.json, results.csv, results.md")
     if failures:
         names = ", ".join(f"{failure['condition']} seed {failure['seed']}" for failure in failures)
         print(
@@ -111,21 +109,27 @@ def run(arguments: argparse.Namespace) -> int:
             f"their logs are in {folder / 'logs'}; start it again to repeat them",
             file=sys.stderr,
         )
+    if results["runs"]:
+        from hf_aegis.cli.report import write_report
+
+        print(write_report(folder))
     return 1 if failures else 0
 
 
 def _questions(recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The options of `hf-aegis eval-vqa` that ask the model before training what a run asks at its end."""
-    if recipe.get("vqa_final_samples") == 0:
+    from hf_aegis.training.run_arguments import RunArguments
+
+    run = RunArguments(**{name: value for name, value in recipe.items() if name in RunArguments.__dataclass_fields__})
+    if run.vqa_final_samples == 0:
         return None
     options = {
-        "model": recipe.get("model"),
-        "dtype": recipe.get("dtype"),
-        "dataset": recipe.get("vqa_final_dataset") or recipe.get("vqa_dataset"),
-        "split": recipe.get("vqa_final_split") or recipe.get("vqa_split"),
-        "max_samples": recipe.get("vqa_final_samples"),
-        # A run shuffles its questions by default as well.
-        "seed": recipe.get("vqa_seed", 0),
+        "model": run.model,
+        "dtype": run.dtype,
+        "dataset": run.vqa_final_dataset or run.vqa_dataset,
+        "split": run.vqa_final_split or run.vqa_split,
+        "max_samples": run.vqa_final_samples,
+        "seed": run.vqa_seed,
     }
     return {name: value for name, value in options.items() if value is not None}
 

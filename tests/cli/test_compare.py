@@ -78,8 +78,13 @@ def test_mappings_are_merged_key_by_key():
 def test_a_comparison_runs_seed_by_seed_and_reports(run, commands, reports, tmp_path, capsys):
     folder = tmp_path / "out"
     assert run() == 0
+    # What a run asks at its end; for all else the defaults of the two commands agree.
+    questions = {"dtype": "float32", "dataset": "easy-vqa", "split": "test", "max_samples": "60", "seed": "0"}
     assert commands.calls == [
-        ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60", "--seed", "0"),
+        (
+            *("eval-vqa", "--output", f"{folder}/pretrained.json"),
+            *(text for name, value in questions.items() for text in (f"--{name}", value)),
+        ),
         ("anchor", "--config", f"{folder}/anchors/easy.yaml"),
         *(
             ("train", "--config", f"{folder}/runs/{name}/seed_{seed}.yaml")
@@ -172,6 +177,14 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(run, commands, reports, 
     assert [failure["condition"] for failure in results["failed"]] == ["aegis"]
     assert run() == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["failed"] == []
+
+
+def test_without_a_finished_run_there_is_a_table_but_no_report(run, commands, reports, tmp_path, capsys):
+    commands.failing = {f"{name}_seed_{seed}" for name in ("naive", "small", "aegis") for seed in (0, 1)}
+    assert run() == 1
+    assert "| naive | 0 of 2 |" in (tmp_path / "out" / "results.md").read_text()
+    assert "6 of 6 runs failed" in capsys.readouterr().err
+    assert reports == []
 
 
 def test_a_failing_preparation_ends_the_comparison(run, commands, reports):
@@ -269,6 +282,13 @@ def test_anchor_and_questions_are_of_the_conditions_model(run, commands, tmp_pat
     assert yaml.safe_load((tmp_path / "out" / "anchors" / "easy.yaml").read_text())["model"] == "org/model"
     options = dict(zip(commands.calls[0][1::2], commands.calls[0][2::2], strict=True))
     assert (options["--model"], options["--dtype"], options["--seed"]) == ("org/model", "bfloat16", "5")
+
+
+def test_questions_after_training_are_those_asked_before(run, commands):
+    run("--override", '{"vqa_dataset": "a", "vqa_split": "b", "vqa_final_dataset": "c", "vqa_final_samples": null}')
+    options = dict(zip(commands.calls[0][1::2], commands.calls[0][2::2], strict=True))
+    assert (options["--dataset"], options["--split"]) == ("c", "b")
+    assert "--max_samples" not in options
 
 
 def test_without_questions_nothing_is_asked_before(run, commands, tmp_path):
