@@ -130,8 +130,8 @@ def _trade_off(material: Material, names: Sequence[str], path: Path) -> str:
     return (
         "Each marker is a condition after training: how often it still answers correctly (upwards), and its error on "
         "held-out demonstrations (leftwards is better). The upper left corner keeps the knowledge and learns the "
-        "task. Bars are one standard deviation over seeds in both directions; conditions whose bars overlap are not "
-        "told apart by this comparison. The dotted line is the model before fine-tuning."
+        "task. Bars are one standard deviation over seeds in both directions (none for a single run); a difference "
+        "that is small beside them may be chance. The dotted line is the model before fine-tuning."
     )
 
 
@@ -142,7 +142,7 @@ def _vqa(material: Material, path: Path) -> str:
     plot_vqa_over_seeds(runs, path)
     return (
         "The same questions, asked again and again while the model learns to act. Left: cross-entropy of the correct "
-        "answers, lower is better. Right: share of answers that are exactly right. A rising left and a falling right "
+        "answers, lower is better. Right: accuracy of the generated answers. A rising left and a falling right "
         f"curve is forgetting. The dotted line is the level before training. {_bands(runs)} With many conditions each "
         "row shows a few of them, on the same scales; naive and AEGIS are repeated faintly for comparison. Weights "
         "that are interpolated after training follow naive's curve until then."

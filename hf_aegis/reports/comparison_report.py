@@ -82,7 +82,7 @@ def _what_was_run(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]])
     seeds = settings["seeds"]
     labels = _labels(logs)
     facts = [
-        f"{len(results['runs'])} finished training runs of {len(logs)} conditions: {', '.join(labels.values())}.",
+        f"{len(results['runs'])} finished training runs of {len(logs)} conditions: {'; '.join(labels.values())}.",
         f"Seeds: {', '.join(map(str, seeds))}. With each seed all conditions have one start and see the same batches.",
     ]
     if before := results["before"]:
@@ -127,7 +127,7 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
         html.heading("Results", anchor="results"),
         html.table(*_table(results, logs, answers)),
         html.paragraph(
-            "After training: cross-entropy and exact-match accuracy on the final questions, accuracy by type of "
+            "After training: cross-entropy and accuracy on the final questions, accuracy by type of "
             "question, and mean squared error of the velocity on held-out demonstrations. Mean ± standard deviation "
             "(n − 1) over seeds; a single seed has none. –: not measured."
         ),

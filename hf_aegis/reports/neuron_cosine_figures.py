@@ -61,7 +61,7 @@ def plot_neuron_cosines(histograms: Sequence[Mapping[str, Any]], path: Path) -> 
         negative = shares[:, _negative(edges)].sum(axis=1)
         beside.set_yticks(range(len(groups)), [f"{share:.1f} %" for share in negative], fontsize=9)
         beside.tick_params(right=False)
-        beside.set_ylabel("in conflict")
+        beside.text(1.01, 1.02, "in conflict", transform=beside.transAxes, fontsize=9)
         beside.grid(False)
         figure.colorbar(image, ax=[by_group, beside], location="bottom", aspect=50, label="neurons of the group (%)")
         figure.savefig(path, format="png")

@@ -40,7 +40,8 @@ class RunLogs:
 
     def neuron_cosines(self) -> dict[str, Any] | None:
         """Histograms of the cosines between task gradient and reference, neuron by neuron."""
-        return self._json("neuron_cosines.json")
+        found = self._json("neuron_cosines.json")
+        return found if found is not None and found["counts"] else None
 
     def gradient_spectra(self) -> dict[str, Any] | None:
         """Singular values of the gradients of two losses before training."""

@@ -108,7 +108,7 @@ def plot_concentration(spectra: Spectra, path: Path) -> None:
             axis.set_xlabel("decoder layer")
             axis.set_ylabel("share of the gradient's\nenergy (%)")
             axis.set_ylim(0, 100)
-            step = math.ceil(len(names) / 14)
+            step = math.ceil(len(names) / 10)
             axis.set_xticks(range(0, len(names), step))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         figure.savefig(path, format="png")

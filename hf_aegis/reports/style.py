@@ -53,7 +53,7 @@ _PANELS: dict[str, dict[str, str]] = {
     },
 }
 _ABLATIONS = {name for title, members in _PANELS.items() if title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>p", "hP*d", "8H", "s^Dv", "<>ph")
+_MARKERS = ("s^D", "v<>p", "hP*d", "8H", "D*sv", "^dP8")
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {

@@ -46,6 +46,8 @@ _PROJECTION = (
     _Curve("cosine", "cosine of task and\nreference gradient", from_zero=False),
     _Curve("penalty", "transport\npenalty"),
 )
+# In the place of the penalty, where the reference is no penalty's gradient.
+_REPLAY = _Curve("replay_loss", "loss on the\nreplayed batch")
 
 
 def plot_vqa(runs: Mapping[str, Records], path: Path) -> None:
@@ -86,7 +88,9 @@ def plot_projection_over_seeds(
         map_height = max(2.4, 0.17 * len(groups) + 0.8)
         figure = pyplot.figure(figsize=(WIDTH, 4.4 + map_height))
         grid = figure.add_gridspec(3, 2, height_ratios=(2.2, 2.2, map_height))
-        for index, curve in enumerate(_PROJECTION):
+        replayed = any(_REPLAY.key in record for records in metrics for record in records)
+        curves = (*_PROJECTION[:-1], _REPLAY) if replayed else _PROJECTION
+        for index, curve in enumerate(curves):
             axis = figure.add_subplot(grid[index // 2, index % 2])
             _draw(axis, metrics, curve, {**style, "marker": ""})
             if curve.from_zero:
@@ -168,7 +172,8 @@ def _plot(runs: SeedRuns, curves: Sequence[_Curve], path: Path, before_training:
             columns[0][-1].set_title(panel.title, fontsize=11, fontweight="bold", loc="left")
             beside = figure.add_subplot(grid[row, -1])
             beside.axis("off")
-            beside.legend(*columns[0][-1].get_legend_handles_labels(), loc="center left", handlelength=2.6)
+            # Curves that are smoothed have no markers; the last ones do.
+            beside.legend(*columns[-1][-1].get_legend_handles_labels(), loc="center left", handlelength=2.6)
         for column, curve in zip(columns, curves, strict=True):
             column[-1].set_xlabel("training step")
             _share_scale(column, curve.from_zero)

@@ -115,9 +115,8 @@ def gradient_spectra(random: np.random.Generator, layers: int) -> dict[str, Any]
     names = {"self_attn.q_proj": 40, "self_attn.k_proj": 20, "mlp.down_proj": 64}
 
     def values(size: int, decay: float) -> list[float]:
-        return (
-            random.uniform(0.5, 2) * np.exp(-decay * np.arange(size) / size - 0.3 * np.sqrt(np.arange(size)))
-        ).tolist()
+        index = np.arange(size)
+        return (random.uniform(0.5, 2) * np.exp(-decay * index / size - 0.3 * np.sqrt(index))).tolist()
 
     return {
         "samples": 32,

@@ -1,0 +1,87 @@
+import pytest
+
+from hf_aegis.reports.style import (
+    CONDITION_STYLES,
+    condition_order,
+    condition_panels,
+    condition_styles,
+    group_labels,
+    group_order,
+    split_ablations,
+)
+
+
+NAMES = [name for name in CONDITION_STYLES if name != "pretrained"]
+
+
+def test_conditions_of_a_panel_differ_in_colour_in_line_and_in_marker():
+    for panel in condition_panels(NAMES):
+        shown = [CONDITION_STYLES[name] for name in {*panel.conditions, *panel.references}]
+        for trait in ("color", "linestyle", "marker", "label"):
+            assert len({str(style[trait]) for style in shown}) == len(shown), (panel, trait)
+
+
+def test_markers_and_colours_tell_all_conditions_apart():
+    looks = {(CONDITION_STYLES[name]["color"], CONDITION_STYLES[name]["marker"]) for name in NAMES}
+    assert len(looks) == len(NAMES)
+
+
+def test_every_condition_is_in_one_panel_beside_naive_and_aegis():
+    panels = condition_panels([*NAMES, "mine", "yours"])
+    shown = [name for panel in panels for name in panel.conditions]
+    assert sorted(shown) == sorted([*NAMES, "mine", "yours"])
+    assert panels[0].conditions[:2] == ["naive", "aegis"]
+    assert all(panel.references == ["naive", "aegis"] for panel in panels[1:])
+    assert max(len(panel.conditions) for panel in panels) <= 6
+
+
+def test_few_conditions_share_one_panel():
+    assert [panel.conditions for panel in condition_panels(["aegis", "ewc", "naive"])] == [["naive", "aegis", "ewc"]]
+    assert condition_panels(["lora", "mine"])[0].references == []
+
+
+def test_references_get_a_panel_where_no_condition_of_the_paper_is_there():
+    panels = condition_panels(["naive", "aegis", "ewc", "l2sp", "a_gem", "pcgrad", "graddrop"])
+    assert [panel.conditions for panel in panels] == [
+        ["naive", "aegis"],
+        ["ewc", "l2sp"],
+        ["a_gem", "pcgrad", "graddrop"],
+    ]
+
+
+def test_unknown_conditions_get_different_looks():
+    styles = condition_styles(["one_more", "another", "naive"])
+    assert styles["one_more"]["label"] == "one more"
+    assert styles["one_more"]["color"] != styles["another"]["color"]
+    assert styles["naive"] is CONDITION_STYLES["naive"]
+
+
+def test_variants_of_aegis_are_set_apart():
+    assert split_ablations(["aegis_eps", "ewc", "aegis", "naive", "aegis_lora"]) == (
+        ["naive", "aegis", "ewc", "aegis_lora"],
+        ["naive", "aegis", "aegis_eps"],
+    )
+    assert split_ablations(["naive", "ewc"]) == (["naive", "ewc"], [])
+
+
+def test_orders_are_those_of_the_tables():
+    assert condition_order(["zebra", "lora", "aegis", "apple", "naive"]) == [
+        "naive",
+        "aegis",
+        "lora",
+        "apple",
+        "zebra",
+    ]
+    groups = group_order({"multi_modal_projector", "layers.10", "layers.2", "embeddings"})
+    assert groups == ["layers.2", "layers.10", "embeddings", "multi_modal_projector"]
+    assert group_labels(groups) == ["layer 2", "layer 10", "embeddings", "projector"]
+
+
+def test_figures_need_matplotlib(monkeypatch):
+    import sys
+
+    from hf_aegis.reports.style import figure_style
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"hf-aegis\[demo\]"), figure_style():
+        pass
