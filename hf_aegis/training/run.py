@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +138,18 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     }
     if analysis is not None:
         analysis.after(policy)
-    _save(trainer, folder)
+    _save(trainer, processor, folder)
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
 
 
-def _save(trainer: AEGISTrainer, folder: Path) -> None:
+def _save(trainer: AEGISTrainer, processor: PaliGemmaFlowProcessor, folder: Path) -> None:
     """The model with its processor; of one with adapters those apart, and the model that they are merged into."""
     if isinstance(trainer.model, PeftModel):
         trainer.save_model(str(folder / ADAPTER_FOLDER))
         trainer.model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        processor.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
 
@@ -170,7 +171,7 @@ def _fit_action_tokenizer(dataset: LiberoDataset, options: dict[str, Any]) -> FA
     return FASTTokenizer.fit(list(dataset.action_chunks()), **options)
 
 
-def _questions(dataset: str, split: str, samples: int | None, run: RunArguments) -> list[VQASample]:
+def _questions(dataset: str, split: str, samples: int | None, run: RunArguments) -> Sequence[VQASample]:
     return load_vqa(dataset, split, samples, seed=run.vqa_seed)
 
 
@@ -195,7 +196,7 @@ def _action_errors(
     errors: dict[str, Any] = {}
     errors["action_mse"] = open_loop_error(policy, dataset, collator, indices)["action_mse"]
     if run.fast is not None:
-        options = {"head": "fast", "action_tokenizer": processor.action_tokenizer}
+        options: dict[str, Any] = {"head": "fast", "action_tokenizer": processor.action_tokenizer}
         discrete = open_loop_error(policy, dataset, collator, indices, **options)
         errors["fast_action_mse"], errors["fast_decode_failures"] = discrete["action_mse"], discrete["failures"]
     return errors
