@@ -107,7 +107,8 @@ def plot_concentration(spectra: Spectra, path: Path) -> None:
             axis.set_title(title, fontsize=11)
             axis.set_xlabel("decoder layer")
             axis.set_ylabel("share of the gradient's\nenergy (%)")
-            axis.set_ylim(0, 100)
+            # Markers at a hundred per cent stay whole.
+            axis.set_ylim(0, 104)
             step = math.ceil(len(names) / 10)
             axis.set_xticks(range(0, len(names), step))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
