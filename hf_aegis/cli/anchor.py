@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from hf_aegis.data.vqa import VQASample
 
 EMBEDDED = "embedded"
-EASY_VQA = "easy-vqa"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,11 +35,11 @@ class AnchorRecipe:
     attn_implementation: str = _option("eager", "attention implementation; training must use the same")
     dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of the weights")
     device: str = _option("auto", "torch device; 'auto' takes the GPU where there is one")
-    dataset: str = _option(EASY_VQA, "'easy-vqa', or a dataset (Hub id or folder) that `datasets` can stream")
+    dataset: str = _option("easy-vqa", "'easy-vqa', a Hub id, or a folder; as of `hf-aegis eval-vqa`")
     split: str = _option("train", "split of the dataset; keep it apart from what you evaluate on")
-    image_column: str = _option("image", "column with the image (streamed datasets)")
-    question_column: str = _option("question", "column with the question (streamed datasets)")
-    answer_column: str = _option("answer", "column with the answer, a string (streamed datasets)")
+    image_column: str | None = _option(None, "column with the image (default: as common mirrors call it)")
+    question_column: str | None = _option(None, "column with the question (default: as common mirrors call it)")
+    answer_column: str | None = _option(None, "column with the answer, a string (default: as common mirrors call it)")
     num_samples: int = _option(3000, "number of samples")
     batch_size: int = _option(30, "samples per forward pass; part of the definition of moments='batch'")
     moments: Literal["batch", "pooled"] = _option(
@@ -80,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Registers the model with an action expert: its language model can be anchored as well.
     importlib.import_module("hf_aegis.models")
+    # A wrong option should not cost the loading of a large model first.
+    samples = _samples(recipe)
+    starts = range(0, len(samples), recipe.batch_size)
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
     device = resolve_device(recipe.device)
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
@@ -92,61 +95,34 @@ def run(arguments: argparse.Namespace) -> int:
     collate = VQACollator(AutoProcessor.from_pretrained(source, revision=recipe.revision))
     anchor = ActivationAnchor.collect(
         model,
-        (collate(batch) for batch in _batches(recipe)),
+        (collate(samples[start : start + recipe.batch_size]) for start in starts),
         moments=recipe.moments,
         tokens=recipe.tokens,
         dataset_id=f"{recipe.dataset}:{recipe.split}",
-        num_batches=-(-recipe.num_samples // recipe.batch_size),
+        num_batches=len(starts),
     )
-    if anchor.fingerprint.num_samples != recipe.num_samples:
-        raise ValueError(
-            f"{recipe.dataset}, split {recipe.split!r}, gave {anchor.fingerprint.num_samples} samples, "
-            f"but num_samples is {recipe.num_samples}"
-        )
     folder = anchor.save_pretrained(recipe.output_dir)
     write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
     print(f"{anchor}\nsaved to {folder}")
     return 0
 
 
-def _batches(recipe: AnchorRecipe) -> Iterator[list["VQASample"]]:
-    batch: list[VQASample] = []
-    for sample in _samples(recipe):
-        batch.append(sample)
-        if len(batch) == recipe.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _samples(recipe: AnchorRecipe) -> Sequence["VQASample"]:
+    from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
 
-
-def _samples(recipe: AnchorRecipe) -> Iterator["VQASample"]:
-    if recipe.dataset == EASY_VQA:
-        from hf_aegis.data.vqa import load_easy_vqa
-
-        yield from load_easy_vqa(recipe.split, max_samples=recipe.num_samples, seed=recipe.seed)
-        return
-
-    from datasets import load_dataset
-
-    stream = load_dataset(recipe.dataset, split=recipe.split, streaming=True)
-    # Not a sample of the whole split: shards come in random order, and the rows are drawn from about the first
-    # 2 · num_samples of that order. A larger buffer would download and hold that many more images before the first.
-    shuffled = stream.shuffle(seed=recipe.seed, buffer_size=recipe.num_samples)
-    for index, row in enumerate(shuffled.take(recipe.num_samples)):
-        yield _to_sample(row, index, recipe)
-
-
-def _to_sample(row: Mapping[str, Any], index: int, recipe: AnchorRecipe) -> "VQASample":
-    from hf_aegis.data.vqa import VQASample
-
-    name = f"{recipe.dataset}/{recipe.split}/{index} (shuffled)"
-    for column in (recipe.image_column, recipe.question_column, recipe.answer_column):
-        if row.get(column) is None:
-            raise ValueError(f"{name}: no value in column {column!r}, found the columns {sorted(row)}")
-    answer = row[recipe.answer_column]
-    if not isinstance(answer, str):
-        raise ValueError(f"{name}: column {recipe.answer_column!r} holds a {type(answer).__name__}, expected a string")
-    image = row[recipe.image_column]
-    # Sets of photographs such as COCO contain a few greyscale ones.
-    return VQASample(image=image.convert("RGB"), question=row[recipe.question_column], answer=answer, name=name)
+    columns = {
+        field: column
+        for field in ("image", "question", "answer")
+        if (column := getattr(recipe, f"{field}_column")) is not None
+    }
+    # Of a large set on the Hub no more than is needed.
+    streaming = recipe.dataset != EASY_VQA and not Path(recipe.dataset).is_dir()
+    samples = load_vqa(
+        recipe.dataset, recipe.split, recipe.num_samples, recipe.seed, columns=columns or None, streaming=streaming
+    )
+    if len(samples) != recipe.num_samples:
+        raise ValueError(
+            f"{recipe.dataset}, split {recipe.split!r}, gave {len(samples)} samples, "
+            f"but num_samples is {recipe.num_samples}"
+        )
+    return samples

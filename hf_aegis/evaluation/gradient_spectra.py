@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_aegis.anchors import find_decoder_layers
-from hf_aegis.evaluation.vqa import _evaluating
+from hf_aegis.evaluation.evaluating import evaluating
 
 
 Batches = Iterable[Mapping[str, Any]]
@@ -51,7 +51,7 @@ def gradient_spectra(
         if parameter.ndim >= 2 and parameter.is_floating_point()
     }
     weights = list(matrices.values())
-    with _evaluating(model) as device, torch.enable_grad(), _differentiated(weights):
+    with evaluating(model) as device, torch.enable_grad(), _differentiated(weights):
         answered, samples = _spectra(model, weights, vqa_batches, device, "VQA batches")
         acted, flow_samples = _spectra(model, weights, flow_batches, device, "flow batches")
     found: dict[int, dict[str, dict[str, list[float]]]] = {}

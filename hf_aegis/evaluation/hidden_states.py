@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from hf_aegis.anchors import unwrap_model
 from hf_aegis.data.vqa import VQA_PROMPT, VQACollator, VQASample
-from hf_aegis.evaluation.vqa import _evaluating
+from hf_aegis.evaluation.evaluating import evaluating
 
 
 def mean_hidden_states(
@@ -44,7 +44,7 @@ def mean_hidden_states(
         raise ValueError(f"batch_size must be at least 1; found {batch_size}.")
     collator = VQACollator(processor, prompt)
     means = []
-    with _evaluating(model) as device:
+    with evaluating(model) as device:
         # Below the output head, which would cost more than all layers of a small model. Adapters stay in the layers.
         backbone = unwrap_model(model).model
         for start in tqdm(range(0, len(samples), batch_size), desc="hidden states", leave=False, disable=None):

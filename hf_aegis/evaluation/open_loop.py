@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_aegis.evaluation.evaluating import evaluating
+
 
 # What `sample_actions` takes of a collated batch.
 _OBSERVATION = ("input_ids", "pixel_values", "attention_mask", "token_type_ids", "state")
 
 
-@torch.no_grad()
 def open_loop_error(
     model: Any,
     dataset: Any,
@@ -26,7 +27,7 @@ def open_loop_error(
     Mean squared error of the actions that a policy samples, over the steps that are not padding.
 
     Args:
-        model ([`~models.PaliGemmaFlowForAction`]): The policy, possibly wrapped by PEFT; its mode is left as it was.
+        model ([`~models.PaliGemmaFlowForAction`]): The policy, possibly wrapped by PEFT; left as it was.
         dataset (`Sequence`): Items with normalised actions, as of [`~data.LiberoDataset`].
         collator (`Callable`): From a list of items to a batch without action tokens.
         indices (`Sequence[int]`): Which items.
@@ -38,12 +39,9 @@ def open_loop_error(
         `dict`: `action_mse`, in squared normalised units, over the chunks that were sampled whole (NaN if none was);
         `failures`, the number of chunks that were not: those with a value that is not finite.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    training = model.training
-    model.eval()
     squared, count, failures = 0.0, 0, 0
-    try:
+    with evaluating(model) as device:
+        generator = torch.Generator(device).manual_seed(seed)
         starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc="open-loop actions", leave=False, disable=None):
             batch = collator([dataset[index] for index in indices[start : start + batch_size]])
@@ -57,6 +55,4 @@ def open_loop_error(
             squared += float(error[counted].sum())
             count += int(counted.sum()) * sampled.shape[-1]
             failures += int((~whole).sum())
-    finally:
-        model.train(training)
     return {"action_mse": squared / count if count else float("nan"), "failures": failures}

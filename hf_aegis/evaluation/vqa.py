@@ -1,6 +1,5 @@
 """Cross-entropy and accuracy of a vision-language model on a fixed set of questions (arXiv 2604.16067, evaluation)."""
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from hf_aegis.data.vqa import VQA_PROMPT, VQACollator, VQASample
 from hf_aegis.data.vqa_samples import VQAAnnotation, VQASamples
+from hf_aegis.evaluation.evaluating import evaluating
 from hf_aegis.evaluation.vqa_scores import VQARecord, VQAResult, VQAScore
 
 
@@ -122,7 +122,7 @@ class VQAHoldout:
 
     def _teacher_forced_records(self, model: torch.nn.Module) -> list[VQARecord]:
         values: list[float] = []
-        with _evaluating(model) as device:
+        with evaluating(model) as device:
             for indices in self._batches("VQA cross-entropy"):
                 inputs = self._teacher_forced(indices, device)
                 labels = inputs.pop("labels")[:, 1:]
@@ -139,7 +139,7 @@ class VQAHoldout:
 
     def _answered(self, model: torch.nn.Module, records: list[VQARecord]) -> list[VQARecord]:
         predictions: list[str] = []
-        with _evaluating(model) as device:
+        with evaluating(model) as device:
             for indices in self._batches("VQA accuracy"):
                 inputs = self._prompts(indices, device)
                 tokens = model.generate(  # type: ignore[operator]
@@ -197,17 +197,3 @@ def _image_digest(sample: VQASample) -> str:
 def _digest(image: str, annotation: VQAAnnotation) -> str:
     truth = (image, annotation.question, annotation.answer, annotation.answers)
     return hashlib.sha256(repr(truth).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; afterwards every module's own mode and the random state are as before."""
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield device
-    finally:
-        for module, training in modes:
-            module.training = training
