@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 METRICS = ("cross_entropy", "accuracy")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--split", help="which part (default: 'test' of easy-vqa; of other datasets the only one there is)"
     )
     parser.add_argument("--dataset_revision", help="revision of the dataset on the Hub (default: its main branch)")
+    parser.add_argument("--dataset_config", help="configuration of the dataset (default: its default one)")
     parser.add_argument(
         "--columns",
         help='JSON object of the columns whose names are not common, e.g. \'{"answers": "labels"}\' '
@@ -63,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="'auto' takes the GPU where there is one (default: auto)",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -78,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from hf_aegis.data.vqa import VQA_PROMPT
     from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
+    from hf_aegis.evaluation.hub_commit import hub_commit
     from hf_aegis.evaluation.vqa_survey import survey
 
     # A wrong option should not cost the loading of a large model first.
@@ -88,22 +91,29 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is not None and not output.parent.is_dir():
         raise FileNotFoundError(f"--output {output}: the folder {output.parent} does not exist.")
+    # What is asked of a branch is asked of its commit, so that a run which continues later asks the same.
+    dataset_revision = arguments.dataset_revision
+    if arguments.dataset != EASY_VQA:
+        dataset_revision = hub_commit("dataset", arguments.dataset, dataset_revision)
     samples = load_vqa(
         arguments.dataset,
         split,
         arguments.max_samples,
         arguments.seed,
-        revision=arguments.dataset_revision,
+        revision=dataset_revision,
+        config=arguments.dataset_config,
         columns=columns,
         streaming=arguments.streaming,
     )
+    revision = hub_commit("model", arguments.model, arguments.revision)
     settings = {
         "model": arguments.model,
-        "revision": arguments.revision,
+        "revision": revision,
         "weights_sha256": _hash_weights(Path(arguments.model)),
         "dataset": arguments.dataset,
         "split": split,
-        "dataset_revision": arguments.dataset_revision,
+        "dataset_revision": dataset_revision,
+        "dataset_config": arguments.dataset_config,
         "columns": columns,
         "streaming": arguments.streaming,
         "max_samples": arguments.max_samples,
@@ -113,13 +123,13 @@ def run(arguments: argparse.Namespace) -> None:
         "device": resolve_device(arguments.device),
     }
     result, fingerprint = survey(
-        lambda: _load_model(arguments),
+        lambda: _load_model(arguments, revision),
         samples,
-        AutoProcessor.from_pretrained(arguments.model, revision=arguments.revision),
+        AutoProcessor.from_pretrained(arguments.model, revision=revision),
         batch_size=arguments.batch_size,
         cross_entropy="cross_entropy" in arguments.metrics,
         accuracy="accuracy" in arguments.metrics,
-        predictions=output.with_suffix(".predictions.jsonl") if output is not None else None,
+        predictions=output.with_name(f"{output.name}.predictions.jsonl") if output is not None else None,
         settings=settings,
     )
     scores = {
@@ -157,14 +167,14 @@ def format_table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load_model(arguments: argparse.Namespace) -> "torch.nn.Module":
+def _load_model(arguments: argparse.Namespace, revision: str | None) -> "torch.nn.Module":
     from transformers import AutoModelForImageTextToText
 
     import hf_aegis.models  # noqa: F401 (registers the models with an action expert)
 
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         arguments.model,
-        revision=arguments.revision,
+        revision=revision,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
     )

@@ -22,6 +22,7 @@ def load_vqa(
     seed: int | None = None,
     *,
     revision: str | None = None,
+    config: str | None = None,
     columns: Mapping[str, str | None] | None = None,
     streaming: bool = False,
 ) -> Sequence[VQASample]:
@@ -38,6 +39,7 @@ def load_vqa(
         max_samples (`int`, *optional*): how many samples to keep; all of them by default.
         seed (`int`, *optional*): shuffles the samples before `max_samples` cuts them.
         revision (`str`, *optional*): of a dataset on the Hub.
+        config (`str`, *optional*): which of the configurations of a dataset that `datasets.load_dataset` takes.
         columns (`Mapping[str, str]`, *optional*):
             the column of each field of [`VQASample`] whose name is not that of a common mirror of VQA v2 or OK-VQA
             (see [`~data.vqa_columns.CANDIDATES`]), e.g. `{"answers": "labels"}`; `None` for a column to be left out.
@@ -54,17 +56,20 @@ def load_vqa(
         FileNotFoundError: if a folder lacks the split, or an image.
     """
     if source == EASY_VQA:
-        if revision is not None or columns or streaming:
-            raise ValueError("easy-VQA comes with its package: it takes no revision, columns or streaming.")
+        if revision is not None or config is not None or columns or streaming:
+            raise ValueError("easy-VQA comes with its package: it takes no revision, config, columns or streaming.")
         return load_easy_vqa(str(split), max_samples, seed)
     folder = Path(source)
     if folder.is_dir() and any(folder.glob("*.jsonl")):
-        if revision is not None or streaming:
-            raise ValueError(f"{source} is a folder with JSON lines: it takes no revision or streaming.")
+        if revision is not None or config is not None or streaming:
+            raise ValueError(f"{source} is a folder with JSON lines: it takes no revision, config or streaming.")
         return _from_folder(folder, split, max_samples, seed, columns)
+    if revision is not None and folder.exists():
+        raise ValueError(f"{source} lies on this machine: it takes no revision.")
+    options = {"name": config, "revision": revision}
     if streaming:
-        return _from_stream(source, split, max_samples, seed, revision, columns)
-    return _from_dataset(source, split, max_samples, seed, revision, columns)
+        return _from_stream(source, split, max_samples, seed, options, columns)
+    return _from_dataset(source, split, max_samples, seed, options, columns)
 
 
 def _from_folder(
@@ -77,7 +82,8 @@ def _from_folder(
     file = folder / f"{_only_split(sorted(path.stem for path in folder.glob('*.jsonl')), split, str(folder))}.jsonl"
     rows = [
         (number, _json_object(line, f"{file}, line {number}"))
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        # Texts may hold characters that `str.splitlines` breaks lines at.
+        for number, line in enumerate(file.read_bytes().decode().split("\n"), start=1)
         if line.strip()
     ]
     if not rows:
@@ -121,16 +127,18 @@ def _from_dataset(
     split: str | None,
     max_samples: int | None,
     seed: int | None,
-    revision: str | None,
+    options: Mapping[str, Any],
     columns: Mapping[str, str | None] | None,
 ) -> VQASamples:
     import datasets
 
     loaded: Any
     if any((Path(source) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        if options["name"] is not None:
+            raise ValueError(f"{source} was saved to disk: it takes no config.")
         loaded = datasets.load_from_disk(source)
     else:
-        loaded = datasets.load_dataset(source, revision=revision)
+        loaded = datasets.load_dataset(source, **options)
     if isinstance(loaded, datasets.DatasetDict):
         split = _only_split(sorted(map(str, loaded)), split, source)
         loaded = loaded[split]
@@ -152,14 +160,14 @@ def _from_stream(
     split: str | None,
     max_samples: int | None,
     seed: int | None,
-    revision: str | None,
+    options: Mapping[str, Any],
     columns: Mapping[str, str | None] | None,
 ) -> VQASamples:
     import datasets
 
     if max_samples is None or max_samples < 1:
         raise ValueError(f"{source}: streaming needs max_samples of at least 1, since samples are kept in memory.")
-    loaded: Any = datasets.load_dataset(source, revision=revision, streaming=True)
+    loaded: Any = datasets.load_dataset(source, **options, streaming=True)
     split = _only_split(sorted(map(str, loaded)), split, source)
     stream = loaded[split]
     if stream.features is None:

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from hf_aegis.atomic_files import write_text
-from hf_aegis.data.vqa_samples import VQAAnnotation
+from hf_aegis.data.vqa_samples import VQASample, annotations
+from hf_aegis.evaluation.vqa import sample_digest
 from hf_aegis.evaluation.vqa_scores import VQARecord
+
+
+_ANEW = "Delete the file, or choose another output, to start anew."
 
 
 class PredictionFile:
@@ -34,7 +40,7 @@ class PredictionFile:
         settings = json.loads(json.dumps(settings))
         content = path.read_bytes() if path.exists() else b""
         # A line without its end was being written when the run was killed.
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
         if not lines:
             write_text(path, json.dumps({"settings": settings}) + "\n")
             return
@@ -43,11 +49,12 @@ class PredictionFile:
         if len(lines) - 1 == settings.get("count"):
             keep = len(lines) - 1
         for number, line in enumerate(lines[1 : keep + 1], start=2):
+            values = _parse(line, path, number)
             try:
-                self.records.append(VQARecord.from_dict(_parse(line, path, number)))
-            except TypeError as error:
+                self.records.append(VQARecord.from_dict(values))
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: not an answered question: {error}") from error
-        if (size := sum(map(len, lines[: keep + 1]))) != len(content):
+        if (size := sum(len(line) + 1 for line in lines[: keep + 1])) != len(content):
             os.truncate(path, size)
 
     def append(self, records: Sequence[VQARecord]) -> None:
@@ -58,18 +65,32 @@ class PredictionFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def check(self, start: int, asked: Sequence[VQAAnnotation]) -> None:
+    def check(self, samples: Sequence[VQASample]) -> None:
         """
-        Whether the questions answered before, from number `start`, are those asked now.
+        Whether the questions answered before are the first of those asked now, about the same images. All texts are
+        compared before the first image is decoded.
+
+        Args:
+            samples (`Sequence[VQASample]`): all that is asked.
 
         Raises:
-            ValueError: if one is not; both are named.
+            ValueError: if one is not; it is named with what is asked now.
         """
-        for index, (record, annotation) in enumerate(zip(self.records[start:], asked, strict=False), start):
+        if len(self.records) > len(samples):
+            raise ValueError(f"{self.path} holds {len(self.records)} answers to {len(samples)} questions. {_ANEW}")
+        samples = samples[: len(self.records)]
+        for line, (record, annotation) in enumerate(zip(self.records, annotations(samples), strict=True), start=2):
             if record.annotation != annotation:
                 raise ValueError(
-                    f"{self.path}, line {index + 2}: holds {record.annotation}, where {annotation} is asked now. "
-                    f"Delete the file, or choose another output, to start anew."
+                    f"{self.path}, line {line}: holds {record.annotation}, where {annotation} is asked now. {_ANEW}"
+                )
+        pairs = zip(self.records, samples, strict=True)
+        bar = tqdm(pairs, total=len(samples), desc="Answered before", unit="question", leave=False, disable=None)
+        for line, (record, sample) in enumerate(bar, start=2):
+            if record.digest != sample_digest(sample):
+                raise ValueError(
+                    f"{self.path}, line {line}: the answer to {sample.name or sample.question!r} was given to another "
+                    f"image. {_ANEW}"
                 )
 
     def _check(self, found: Any, settings: dict[str, Any]) -> None:
@@ -81,10 +102,7 @@ class PredictionFile:
             if found.get(key) != settings.get(key)
         ]
         if differing:
-            raise ValueError(
-                f"{self.path} was begun with other settings: {'; '.join(differing)}. Delete it, or choose another "
-                f"output, to start anew."
-            )
+            raise ValueError(f"{self.path} was begun with other settings: {'; '.join(differing)}. {_ANEW}")
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from hf_aegis.evaluation.vqa_scores import VQARecord, VQAResult, VQAScore
 __all__ = ["VQAHoldout", "VQAResult", "VQAScore", "answer_length", "fingerprint"]
 
 
+# Tokens of articles and punctuation that an answer may hold besides a ground truth.
+_VANISHING = 8
+
+
 class VQAHoldout:
     """
     A fixed set of questions, preprocessed once, on which models are compared.
@@ -33,8 +37,7 @@ class VQAHoldout:
         prompt (`str`, *optional*, defaults to `"answer en {question}"`): what is asked.
         batch_size (`int`, *optional*, defaults to `64`): samples per forward pass; results do not depend on it.
         max_new_tokens (`int`, *optional*):
-            where generation stops; by default where the longest ground truth and its end of the sequence would, since
-            a longer answer is wrong whatever follows.
+            where generation stops; by default after [`answer_length`] tokens of these questions.
         progress (`bool`, *optional*, defaults to `True`): whether bars are shown on a terminal.
 
     Attributes:
@@ -185,9 +188,30 @@ def fingerprint(prompt: str, records: Sequence[VQARecord]) -> str:
 
 
 def answer_length(tokenizer: Any, annotations: Iterable[VQAAnnotation]) -> int:
-    """Tokens of the longest ground truth, any annotator's, with its end-of-sequence token."""
-    answers = {text for annotation in annotations for text in (annotation.answer, *(annotation.answers or ()))}
-    return max(map(len, tokenizer(sorted(answers), add_special_tokens=False)["input_ids"])) + 1
+    """
+    How many tokens an answer may need: those of the longest ground truth and its end-of-sequence token.
+
+    Where there is one ground truth, a longer answer counts as wrong, whatever follows. VQA accuracy drops articles and
+    punctuation, so that `"red, the"` still equals `"red"` and `"red, the blue"` does not: questions with several
+    annotators' answers get 8 tokens more, which tell such answers apart unless they hold more articles and marks.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        annotations (`Iterable[VQAAnnotation]`): the questions, at least one.
+    """
+    # Many questions share their few answers: each is tokenised once.
+    margins: dict[str, int] = {}
+    for annotation in annotations:
+        margin = 0 if annotation.answers is None else _VANISHING
+        for text in (annotation.answer, *(annotation.answers or ())):
+            margins[text] = max(margin, margins.get(text, 0))
+    tokens = tokenizer(list(margins), add_special_tokens=False)["input_ids"]
+    return max(len(row) + margin for row, margin in zip(tokens, margins.values(), strict=True)) + 1
+
+
+def sample_digest(sample: VQASample) -> str:
+    """SHA-256 of a sample's decoded image, question and ground truth, as a [`VQARecord`] holds it."""
+    return _digest(_image_digest(sample), sample.annotation)
 
 
 def _image_digest(sample: VQASample) -> str:

@@ -1,7 +1,9 @@
 """What came of each question, and the scores over many of them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from hf_aegis.data.vqa_samples import VQAAnnotation
@@ -46,20 +48,31 @@ class VQARecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "VQARecord":
-        """The record of [`~VQARecord.to_dict`]."""
+        """
+        The record of [`~VQARecord.to_dict`]. What the prediction scores is computed anew, not read.
+
+        Raises:
+            TypeError: if a key is missing or unknown, or the prediction is no text.
+            ValueError: if there are too few annotators' answers.
+        """
         names = {field.name for field in dataclasses.fields(VQAAnnotation)}
         annotation = {key: value for key, value in values.items() if key in names}
         if "answers" in annotation:
             annotation["answers"] = tuple(annotation["answers"])
-        scores = {key: value for key, value in values.items() if key not in names}
-        return cls(VQAAnnotation(**annotation), **scores)
+        found = {key: value for key, value in values.items() if key not in names | _COMPUTED}
+        record = cls(VQAAnnotation(**annotation), **found)
+        if record.prediction is None:
+            return record
+        if not isinstance(record.prediction, str):
+            raise TypeError(f"'prediction' must be a text; found {record.prediction!r}")
+        return record.answered(record.prediction)
 
 
 @dataclasses.dataclass(frozen=True)
 class VQAScore:
     """
-    Scores over a set of samples. Intervals are 95 % percentile bootstraps over the questions
-    ([`~functional.bootstrap.bootstrap_interval`]).
+    Scores over a set of samples. What is not finite for a sample is not finite in the mean: neither hidden nor an
+    error, since a training run that diverges is evaluated too.
 
     Args:
         count (`int`): number of samples.
@@ -73,41 +86,55 @@ class VQAScore:
         any_match (`float`, *optional*):
             Share of answers that any annotator gave ([`~functional.vqa_answers.any_match`]); only where every sample
             has the answers of all annotators.
-        cross_entropy_interval (`tuple[float, float]`, *optional*): of `cross_entropy`.
-        accuracy_interval (`tuple[float, float]`, *optional*): of `accuracy`.
-        any_match_interval (`tuple[float, float]`, *optional*): of `any_match`.
+        records (`list[VQARecord]`): each question and what came of it, in the order asked.
     """
 
     count: int
     cross_entropy: float | None = None
     accuracy: float | None = None
     any_match: float | None = None
-    cross_entropy_interval: tuple[float, float] | None = None
-    accuracy_interval: tuple[float, float] | None = None
-    any_match_interval: tuple[float, float] | None = None
+    records: list[VQARecord] = dataclasses.field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, records: Sequence[VQARecord]) -> "VQAScore":
         """The scores of some questions; `None` for what was not measured of each of them."""
-        scores: dict[str, Any] = {}
-        for measure in MEASURES:
-            values = [value for record in records if (value := getattr(record, measure)) is not None]
-            if len(values) == len(records):
-                scores[measure] = sum(values) / len(values)
-                scores[f"{measure}_interval"] = bootstrap_interval(values)
-        return cls(len(records), **scores)
+        return cls(len(records), **_means(records), records=list(records))
+
+    # A training run evaluates often and logs none of the intervals: they are computed when they are asked for.
+    @cached_property
+    def cross_entropy_interval(self) -> tuple[float, float] | None:
+        """
+        95 % percentile bootstrap of `cross_entropy` over the questions
+        ([`~functional.bootstrap.bootstrap_interval`]); `None` if it was not measured or is not finite.
+        """
+        return self._interval("cross_entropy")
+
+    @cached_property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """The same of `accuracy`."""
+        return self._interval("accuracy")
+
+    @cached_property
+    def any_match_interval(self) -> tuple[float, float] | None:
+        """The same of `any_match`."""
+        return self._interval("any_match")
+
+    def _interval(self, measure: str) -> tuple[float, float] | None:
+        if getattr(self, measure) is None:
+            return None
+        values = [getattr(record, measure) for record in self.records]
+        return bootstrap_interval(values) if all(map(math.isfinite, values)) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; what was not measured is left out."""
-        return {
-            field.name: value
-            for field in dataclasses.fields(VQAScore)
-            if (value := getattr(self, field.name)) is not None
-        }
+        """Plain numbers for JSON, with the intervals, without the records; what is not known is left out."""
+        names = ("count", *MEASURES, *(f"{measure}_interval" for measure in MEASURES))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 MEASURES = ("cross_entropy", "accuracy", "any_match")
 """What is measured of each question."""
+# What follows from a prediction and the ground truth.
+_COMPUTED = frozenset({"accuracy", "any_match"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +145,10 @@ class VQAResult(VQAScore):
     Args:
         by_type (`dict[str, VQAScore]`): scores per question type, sorted by name; empty if samples carry no type.
         by_answer_type (`dict[str, VQAScore]`): scores per answer type, likewise.
-        records (`list[VQARecord]`): each question and what came of it, in the order asked.
     """
 
     by_type: dict[str, VQAScore] = dataclasses.field(default_factory=dict)
     by_answer_type: dict[str, VQAScore] = dataclasses.field(default_factory=dict)
-    records: list[VQARecord] = dataclasses.field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, records: Sequence[VQARecord]) -> "VQAResult":
@@ -134,10 +159,11 @@ class VQAResult(VQAScore):
             records (`Sequence[VQARecord]`): each question and what came of it, at least one.
         """
         return cls(
-            **vars(VQAScore.of(records)),
+            len(records),
+            **_means(records),
+            records=list(records),
             by_type=_grouped(records, lambda annotation: annotation.question_type),
             by_answer_type=_grouped(records, lambda annotation: annotation.answer_type),
-            records=list(records),
         )
 
     @property
@@ -146,11 +172,20 @@ class VQAResult(VQAScore):
         return [record.prediction for record in self.records if record.prediction is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON, without the records; what was not measured is left out."""
+        """Plain numbers for JSON, as of [`VQAScore`], with the scores of each type."""
         result = super().to_dict() | {"by_type": {name: score.to_dict() for name, score in self.by_type.items()}}
         if self.by_answer_type:
             result["by_answer_type"] = {name: score.to_dict() for name, score in self.by_answer_type.items()}
         return result
+
+
+def _means(records: Sequence[VQARecord]) -> dict[str, float]:
+    means: dict[str, float] = {}
+    for measure in MEASURES:
+        values = [value for record in records if (value := getattr(record, measure)) is not None]
+        if len(values) == len(records):
+            means[measure] = sum(values) / len(values)
+    return means
 
 
 def _grouped(records: Sequence[VQARecord], key: Callable[[VQAAnnotation], str | None]) -> dict[str, VQAScore]:

@@ -31,7 +31,8 @@ def survey(
     settings: dict[str, Any] | None = None,
 ) -> tuple[VQAResult, str]:
     """
-    Scores of a model on questions, as [`VQAHoldout`] gives them, without keeping images or inputs.
+    Scores of a model on questions, as [`VQAHoldout`] gives them with the same batch size, without keeping images or
+    inputs.
 
     Args:
         load_model (`Callable`): gives the model; not called if every question has been answered before.
@@ -43,7 +44,8 @@ def survey(
         accuracy (`bool`, *optional*, defaults to `True`): whether answers are generated and scored.
         predictions (`Path`, *optional*):
             a file of JSON lines to which each batch is written as soon as it is answered, and from which a killed run
-            continues; see [`~evaluation.prediction_file.PredictionFile`].
+            continues, once the images of the questions answered before have been found to be the same; see
+            [`~evaluation.prediction_file.PredictionFile`].
         settings (`dict[str, Any]`, *optional*): what the answers depend on besides the arguments here; a file that
             was begun with others is refused.
 
@@ -55,23 +57,25 @@ def survey(
     """
     if not len(samples):
         raise ValueError("A survey needs at least one question; found none.")
+    # One pass over the texts finds a bad row before hours are spent on those before it.
+    longest = max(
+        answer_length(processor.tokenizer, annotations(samples[start : start + _TEXTS]))
+        for start in range(0, len(samples), _TEXTS)
+    )
     settings = {
         **(settings or {}),
         "prompt": prompt,
         "batch_size": batch_size,
         "cross_entropy": cross_entropy,
         "accuracy": accuracy,
+        "max_new_tokens": longest,
         "count": len(samples),
     }
+    records: list[VQARecord] = []
     file = PredictionFile(predictions, settings, batch_size) if predictions is not None else None
-    records: list[VQARecord] = list(file.records) if file is not None else []
-    # One pass over the texts finds a bad row before hours are spent on those before it.
-    longest = 0
-    for start in range(0, len(samples), _TEXTS):
-        texts = list(annotations(samples[start : start + _TEXTS]))
-        if file is not None:
-            file.check(start, texts)
-        longest = max(longest, answer_length(processor.tokenizer, texts))
+    if file is not None:
+        file.check(samples)
+        records += file.records
     if len(records) == len(samples):
         return VQAResult.of(records), fingerprint(prompt, records)
     model = load_model()

@@ -15,8 +15,10 @@ def bootstrap_interval(
     """
     Percentile bootstrap interval of a mean: the quantiles of the means of resamples drawn with replacement.
 
-    Equal numbers of values are resampled alike, so intervals of two models on the same questions compare in pairs.
-    Memory does not grow with `resamples`; 200,000 values take some seconds.
+    It takes the samples for independent. Several questions on one image are not, and their mean is then less certain
+    than the interval says. Nor do the intervals of two models on the same questions test their difference: for that,
+    give the differences of their values, question by question. Memory does not grow with `resamples`; 200,000 values
+    take some seconds.
 
     Args:
         values (`Sequence[float]` or `np.ndarray` of shape `(N,)`): one finite value per sample.

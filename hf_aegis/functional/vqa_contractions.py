@@ -1,6 +1,7 @@
 """The contractions of the published VQA evaluator: how they are written without an apostrophe, and with it."""
 
-# From github.com/GT-Vision-Lab/VQA at a013f00, `vqaEval.py`, copyright (c) 2014 Aishwarya Agrawal, BSD 2-clause.
+# From github.com/GT-Vision-Lab/VQA at a013f00, `vqaEval.py`, copyright (c) 2014 Aishwarya Agrawal, BSD 2-clause;
+# the licence's text is in NOTICE, beside LICENSE.
 # Its mistakes are kept: `somebody'd` loses its apostrophe, `let's` and `she's` stay, those with a capital never match.
 _PAIRS = """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've

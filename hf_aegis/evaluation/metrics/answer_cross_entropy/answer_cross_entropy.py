@@ -1,7 +1,5 @@
 """Cross-entropy of ground-truth answers as a metric of the `evaluate` library."""
 
-from typing import Any
-
 import datasets
 import evaluate
 
@@ -20,5 +18,5 @@ class AnswerCrossEntropy(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("float64")}),
         )
 
-    def _compute(self, *, predictions: list[float], **kwargs: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: list[float]) -> dict[str, float]:
         return {"answer_cross_entropy": sum(predictions) / len(predictions)}

@@ -1,7 +1,5 @@
 """The published VQA accuracy as a metric of the `evaluate` library."""
 
-from typing import Any
-
 import datasets
 import evaluate
 
@@ -20,6 +18,6 @@ class VQAAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
         )
 
-    def _compute(self, *, predictions: list[str], references: list[list[str]], **kwargs: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         values = [vqa_accuracy(*pair) for pair in zip(predictions, references, strict=True)]
         return {"vqa_accuracy": sum(values) / len(values)}

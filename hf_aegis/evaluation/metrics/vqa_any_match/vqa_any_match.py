@@ -1,7 +1,5 @@
 """Whether any annotator gave the answer, as a metric of the `evaluate` library."""
 
-from typing import Any
-
 import datasets
 import evaluate
 
@@ -20,6 +18,6 @@ class VQAAnyMatch(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
         )
 
-    def _compute(self, *, predictions: list[str], references: list[list[str]], **kwargs: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         values = [any_match(*pair) for pair in zip(predictions, references, strict=True)]
         return {"vqa_any_match": sum(values) / len(values)}
