@@ -30,7 +30,7 @@ class Analysis:
         run ([`RunArguments`]): How many samples, and from which questions.
         processor ([`PaliGemmaFlowProcessor`]): The model's processor.
         dataset ([`~data.LiberoDataset`]): Training demonstrations, for the flow loss.
-        batch_size (`int`, *optional*, defaults to `32`): Samples per pass.
+        batch_size (`int`): Samples per forward and backward pass, which is not checkpointed.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Analysis:
         run: RunArguments,
         processor: PaliGemmaFlowProcessor,
         dataset: LiberoDataset,
-        batch_size: int = 32,
+        batch_size: int,
     ) -> None:
         self.folder = folder / ANALYSIS_FOLDER
         self.processor = processor
@@ -61,13 +61,16 @@ class Analysis:
             (collate_questions(self.questions[start : start + self.batch_size]) for start in starts),
             (collate_actions([self.dataset[i] for i in chosen[start : start + self.batch_size]]) for start in starts),
         )
-        self._write_states(before=mean_hidden_states(model, self.processor, self.questions))
+        self._write_states(before=self._hidden_states(model))
         write_text(spectra, json.dumps(measured))
 
     def after(self, model: torch.nn.Module) -> None:
         """Measures the trained model."""
         before = load_file(self.folder / HIDDEN_STATES_FILE)["before"]
-        self._write_states(before=before, after=mean_hidden_states(model, self.processor, self.questions))
+        self._write_states(before=before, after=self._hidden_states(model))
+
+    def _hidden_states(self, model: torch.nn.Module) -> torch.Tensor:
+        return mean_hidden_states(model, self.processor, self.questions, batch_size=self.batch_size)
 
     def _write_states(self, **states: torch.Tensor) -> None:
         with replacing(self.folder / HIDDEN_STATES_FILE) as staged:

@@ -4,35 +4,36 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from peft import PeftModel
 from transformers import set_seed
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.assets import DEMONSTRATIONS, EMBEDDED_VLM
+from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
-from hf_aegis.data import LiberoDataset
-from hf_aegis.data.fast_tokenizer import FASTTokenizer
-from hf_aegis.data.vqa import VQACollator, VQASample
-from hf_aegis.data.vqa_sources import load_vqa
-from hf_aegis.evaluation.open_loop import open_loop_error
+from hf_aegis.data.vqa import VQACollator
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.training.adapters import add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.analysis import Analysis
-from hf_aegis.training.callbacks import mean_summary
-from hf_aegis.training.json_lines import PROJECTION_FILE, JSONLines, finite_json
+from hf_aegis.training.json_lines import finite_json
 from hf_aegis.training.resources import ResourceCallback
 from hf_aegis.training.run_arguments import RunArguments
+from hf_aegis.training.run_inputs import (
+    fit_action_tokenizer,
+    load_demonstrations,
+    load_final_questions,
+    load_holdout,
+    load_replayed_questions,
+)
 from hf_aegis.training.run_lock import locked_folder
+from hf_aegis.training.run_scores import action_errors, projection_means, question_scores
 from hf_aegis.training.weight_interpolation import interpolate_weights
 
 
@@ -51,10 +52,11 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     recipe is not run again.
 
     Returns:
-        `dict`: `vqa_cross_entropy`, `vqa_accuracy` and `vqa_accuracy_by_type` on the final questions, if there are
-        any; `flow_mse` and `action_mse` on the held-out demonstrations; with a discrete head `fast_action_mse` and
-        `fast_decode_failures`; with a reference gradient the means of its figures over training; `step_ms`,
-        `peak_memory_mb`, `trainable_parameters` and `skipped_steps`; and what produced them.
+        `dict`: On the final questions, if there are any, `vqa_cross_entropy` and `vqa_accuracy` with their 95 %
+        intervals, `vqa_any_match` where all annotators' answers are known, and accuracies by type; on the held-out
+        demonstrations `flow_mse` and `action_mse`; with a discrete head `fast_action_mse` and `fast_decode_failures`;
+        with a reference gradient the means of its figures over training; `step_ms`, `peak_memory_mb`,
+        `trainable_parameters` and `skipped_steps`; and what produced them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
@@ -74,23 +76,31 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
 
     set_seed(args.seed)
     source = run.model or str(EMBEDDED_VLM)
-    splits = _datasets(run)
+    train, held_out = load_demonstrations(run)
     model = PaliGemmaFlowForAction.from_vlm(
         source, dtype=getattr(torch, run.dtype), chunk_size=run.chunk_size, **(run.expert or {})
     )
     processor = PaliGemmaFlowProcessor.from_vlm_processor(
         source,
-        statistics=splits["train"].statistics,
-        cameras=splits["train"].cameras,
-        action_tokenizer=None if run.fast is None else _fit_action_tokenizer(splits["train"], run.fast),
+        statistics=train.statistics,
+        cameras=train.cameras,
+        action_tokenizer=fit_action_tokenizer(run, train),
     )
     anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and args.needs_anchor else None
     # All that is evaluated on, before the training, lest what is wrong with it come out after hours.
-    holdout = _holdout(run, processor, final=False)
-    final_holdout = _holdout(run, processor, final=True)
-    replay = _questions(run.replay_dataset, run.replay_split, run.replay_samples, run) if args.needs_replay else None
-    analysis = Analysis(folder, run, processor, splits["train"]) if run.analysis_samples else None
+    holdout = VQAHoldout(questions, processor) if (questions := load_holdout(run)) else None
+    final_questions = load_final_questions(run)
+    replay = load_replayed_questions(run) if args.needs_replay else None
+    if not model.config.flow_gradient_to_vlm and run.fast is None:
+        # No loss would reach it.
+        model.model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    analysis = (
+        Analysis(folder, run, processor, train, args.per_device_train_batch_size) if run.analysis_samples else None
+    )
     if analysis is not None:
+        model.to(args.device)  # type: ignore[arg-type]
         analysis.before(model)
     trainer = AEGISTrainer(
         model if run.lora is None else add_lora(model, run.lora),
@@ -100,37 +110,40 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         replay_collator=VQACollator(processor),
         vqa_holdout=holdout,
         data_collator=PaliGemmaFlowCollator(processor, action_tokens=run.fast is not None),
-        train_dataset=splits["train"],
-        eval_dataset=splits["held_out"],
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=processor,
         callbacks=[ResourceCallback()],
     )
-    policy = trainer.model
-    shared = trainer.preservation.weights
-    pretrained = (
-        {name: p.detach().clone() for name, p in shared.items()} if run.weight_interpolation is not None else {}
-    )
-    write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    kept = trainer.preservation.weights
+    pretrained = {} if run.weight_interpolation is None else {name: p.detach().clone() for name, p in kept.items()}
     trainer.train(resume_from_checkpoint=True)
     if run.weight_interpolation is not None:
-        interpolate_weights(shared, pretrained, run.weight_interpolation)
+        interpolate_weights(kept, pretrained, run.weight_interpolation)
+    if isinstance(trainer.model, PeftModel):
+        # What is measured is what is saved, rounding included.
+        trainer.save_model(str(folder / ADAPTER_FOLDER))
+        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    policy = trainer.model
     flow = trainer.evaluate()
+    scores, asked = question_scores(policy, processor, final_questions) if final_questions else ({}, None)
     # The Trainer may replace its callbacks when it resumes.
     resources = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceCallback))
     result = {
-        **(_scores(final_holdout, policy) if final_holdout is not None else {}),
+        **scores,
         "flow_mse": flow["eval_flow_mse"],
-        **_action_errors(run, policy, processor, splits["held_out"]),
+        **action_errors(run, policy, processor, held_out),
         "step_ms": resources.step_ms,
         "peak_memory_mb": resources.peak_mb,
-        "trainable_parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        **(_means(folder) if trainer.shield is not None else {}),
+        "trainable_parameters": trainable,
+        **(projection_means(folder) if trainer.shield is not None else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "fingerprints": {
-            "train": splits["train"].fingerprint,
-            "held_out": splits["held_out"].fingerprint,
+            "train": train.fingerprint,
+            "held_out": held_out.fingerprint,
             "vqa": holdout.fingerprint if holdout is not None else None,
-            "vqa_final": final_holdout.fingerprint if final_holdout is not None else None,
+            "vqa_final": asked,
             "anchor": anchor.fingerprint.to_dict() if anchor is not None else None,
         },
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -138,84 +151,10 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     }
     if analysis is not None:
         analysis.after(policy)
-    _save(trainer, processor, folder)
+    trainer.save_model(str(folder))
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
-
-
-def _save(trainer: AEGISTrainer, processor: PaliGemmaFlowProcessor, folder: Path) -> None:
-    """The model with its processor; of one with adapters those apart, and the model that they are merged into."""
-    if isinstance(trainer.model, PeftModel):
-        trainer.save_model(str(folder / ADAPTER_FOLDER))
-        trainer.model.merge_and_unload().save_pretrained(folder)
-        processor.save_pretrained(folder)
-    else:
-        trainer.save_model(str(folder))
-
-
-def _datasets(run: RunArguments) -> dict[str, LiberoDataset]:
-    paths: Any = run.demonstrations or DEMONSTRATIONS
-    common: dict[str, Any] = {
-        "chunk_size": run.chunk_size,
-        "held_out_per_task": run.held_out_per_task,
-        "short_demonstrations": run.short_demonstrations,
-    }
-    train = LiberoDataset(paths, split="train", **common)
-    return {"train": train, "held_out": LiberoDataset(paths, split="held_out", statistics=train.statistics, **common)}
-
-
-def _fit_action_tokenizer(dataset: LiberoDataset, options: dict[str, Any]) -> FASTTokenizer:
-    if unknown := sorted(set(options) - {"scale", "vocab_size"}):
-        raise ValueError(f"fast: unknown key {unknown[0]!r}, expected some of ['scale', 'vocab_size']")
-    return FASTTokenizer.fit(list(dataset.action_chunks()), **options)
-
-
-def _questions(dataset: str, split: str, samples: int | None, run: RunArguments) -> Sequence[VQASample]:
-    return load_vqa(dataset, split, samples, seed=run.vqa_seed)
-
-
-def _holdout(run: RunArguments, processor: PaliGemmaFlowProcessor, final: bool) -> VQAHoldout | None:
-    samples = run.vqa_final_samples if final else run.vqa_samples
-    if samples == 0:
-        return None
-    dataset, split = run.vqa_dataset, run.vqa_split
-    if final:
-        dataset, split = run.vqa_final_dataset or dataset, run.vqa_final_split or split
-    return VQAHoldout(_questions(dataset, split, samples, run), processor)
-
-
-def _action_errors(
-    run: RunArguments, policy: Any, processor: PaliGemmaFlowProcessor, dataset: LiberoDataset
-) -> dict[str, Any]:
-    """Open-loop errors of the flow expert and, where there is one, of the discrete head."""
-    if run.action_samples == 0:
-        return {}
-    indices = np.linspace(0, len(dataset) - 1, min(run.action_samples, len(dataset))).round().astype(int).tolist()
-    collator = PaliGemmaFlowCollator(processor)
-    errors: dict[str, Any] = {}
-    errors["action_mse"] = open_loop_error(policy, dataset, collator, indices)["action_mse"]
-    if run.fast is not None:
-        options: dict[str, Any] = {"head": "fast", "action_tokenizer": processor.action_tokenizer}
-        discrete = open_loop_error(policy, dataset, collator, indices, **options)
-        errors["fast_action_mse"], errors["fast_decode_failures"] = discrete["action_mse"], discrete["failures"]
-    return errors
-
-
-def _scores(holdout: VQAHoldout, model: torch.nn.Module) -> dict[str, Any]:
-    result = holdout.evaluate(model)
-    return {
-        "vqa_cross_entropy": result.cross_entropy,
-        "vqa_accuracy": result.accuracy,
-        "vqa_accuracy_by_type": {name: score.accuracy for name, score in result.by_type.items()},
-    }
-
-
-def _means(folder: Path) -> dict[str, float]:
-    """Means over training of the projection's figures, over every projected backward pass."""
-    means = mean_summary(record["summary"] for record in JSONLines(folder / PROJECTION_FILE).read())
-    figures = ("throttle_rate", "energy_shed", "cosine", "alpha", "penalty", "replay_loss")
-    return {name: means[name] for name in figures if name in means}
 
 
 def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
