@@ -114,6 +114,39 @@ def test_a_shuffled_stream_depends_on_the_seed_alone(datasets, tmp_path):
     assert all(pixel == IMAGES[int(question[:-1]) % 4].getpixel((0, 0)) for question, pixel in first)
 
 
+CONFIGS = """---
+configs:
+- {config_name: first, default: true, data_files: first/*.parquet}
+- {config_name: second, data_files: second/*.parquet}
+---
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "max_samples": 1}])
+def test_a_dataset_may_have_configurations(datasets, tmp_path, options):
+    features, row = mirror(datasets, "lmms-lab/OK-VQA")
+    for name in ("first", "second"):
+        rows = [row | {"image": IMAGES[0], "question": name}]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "set" / name / "train.parquet")
+    (tmp_path / "set" / "README.md").write_text(CONFIGS)
+    source = str(tmp_path / "set")
+    found = [load_vqa(source, config=name, **options)[0].question for name in (None, "first", "second")]
+    assert found == ["first", "first", "second"]
+
+
+def test_what_lies_on_this_machine_takes_no_revision(datasets, tmp_path, folder):
+    source = write(folder, {"image": "images/0.png", "question": "?", "answer": "a"})
+    for options in ({"revision": "main"}, {"config": "small"}, {"streaming": True}):
+        with pytest.raises(ValueError, match="with JSON lines: it takes no revision, config or streaming"):
+            load_vqa(source, **options)
+    saved = str(tmp_path / "saved")
+    datasets.Dataset.from_dict({"question": ["?"]}).save_to_disk(saved)
+    with pytest.raises(ValueError, match="was saved to disk: it takes no config"):
+        load_vqa(saved, config="small")
+    with pytest.raises(ValueError, match="lies on this machine: it takes no revision"):
+        load_vqa(saved, revision="main")
+
+
 def test_columns_can_be_named_and_left_out(datasets, tmp_path):
     rows = [{"picture": IMAGES[1], "q": "what?", "labels": ["a", "b"], "truth": "b", "answers": ["a", "b"]}]
     features = {"picture": datasets.Image(), "q": datasets.Value("string"), "truth": datasets.Value("string")}
@@ -200,6 +233,15 @@ def test_a_folder_of_images_and_json_lines(folder):
     assert len(load_vqa(str(folder), "train")) == 1
 
 
+def test_a_text_may_hold_any_line_separator_but_the_line_feed(folder):
+    question = "what\u2028is\u2029this\x85here\x0c?"
+    line = json.dumps({"image": "images/0.png", "question": question, "answer": "a"}, ensure_ascii=False)
+    (folder / "test.jsonl").write_bytes(f"{line}\r\n\r\n{line}".encode())
+    samples = load_vqa(str(folder))
+    assert [sample.question for sample in annotations(samples)] == [question] * 2
+    assert samples[1].name == f"{folder}/test.jsonl, line 3"
+
+
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
@@ -250,5 +292,6 @@ def test_easy_vqa_is_a_source():
     assert load_vqa("easy-vqa", "test", 5, 0) == load_easy_vqa("test", 5, 0)
     with pytest.raises(ValueError, match="split='None'"):
         load_vqa("easy-vqa")
-    with pytest.raises(ValueError, match="takes no revision, columns or streaming"):
-        load_vqa("easy-vqa", "test", streaming=True)
+    for options in ({"streaming": True}, {"config": "small"}, {"revision": "main"}, {"columns": {"answer": "a"}}):
+        with pytest.raises(ValueError, match="takes no revision, config, columns or streaming"):
+            load_vqa("easy-vqa", "test", **options)

@@ -1,7 +1,10 @@
 import argparse
 import json
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
+from PIL import Image
 
 from hf_aegis.cli import eval_vqa
 from hf_aegis.cli.device import resolve_device
@@ -54,7 +57,7 @@ def test_the_embedded_model_is_scored_by_question_type(tmp_path, capsys):
     low, high = scores["accuracy_interval"]
     assert low <= scores["accuracy"] <= high
     assert "any_match" not in scores
-    assert set(tmp_path.iterdir()) == {output, tmp_path / "scores.predictions.jsonl"}
+    assert set(tmp_path.iterdir()) == {output, tmp_path / "scores.json.predictions.jsonl"}
 
 
 def test_scores_and_fingerprint_are_those_of_the_holdout(tmp_path, tiny, tiny_model, tiny_processor):
@@ -66,12 +69,12 @@ def test_scores_and_fingerprint_are_those_of_the_holdout(tmp_path, tiny, tiny_mo
     assert scores["accuracy"] == expected.accuracy
     assert scores["cross_entropy"] == pytest.approx(expected.cross_entropy, abs=1e-5)
     assert scores["by_type"].keys() == expected.by_type.keys()
-    lines = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
+    lines = (tmp_path / "scores.json.predictions.jsonl").read_text().split("\n")[:-1]
     assert [json.loads(line)["prediction"] for line in lines[1:]] == expected.predictions
 
 
 def test_a_killed_run_continues_and_a_finished_one_is_not_repeated(tmp_path, tiny, folder, monkeypatch, capsys):
-    output, predictions = tmp_path / "scores.json", tmp_path / "scores.predictions.jsonl"
+    output, predictions = tmp_path / "scores.json", tmp_path / "scores.json.predictions.jsonl"
     options = ("--model", tiny, "--dataset", folder, "--batch_size", 3, "--output", output)
     run(*options)
     whole, answered = output.read_bytes(), predictions.read_bytes()
@@ -100,13 +103,13 @@ def test_a_killed_run_continues_and_a_finished_one_is_not_repeated(tmp_path, tin
         run(*options)
         assert asked == batches
         assert (output.read_bytes(), predictions.read_bytes()) == (whole, answered)
-    monkeypatch.setattr(eval_vqa, "_load_model", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(eval_vqa, "_load_model", lambda *_: pytest.fail("the model was loaded"))
     run(*options)
     assert output.read_bytes() == whole
 
 
 def test_another_run_does_not_continue(tmp_path, tiny, folder):
-    output, predictions = tmp_path / "scores.json", tmp_path / "scores.predictions.jsonl"
+    output, predictions = tmp_path / "scores.json", tmp_path / "scores.json.predictions.jsonl"
     options = ("--model", tiny, "--dataset", folder, "--output", output)
     run(*options, "--max_samples", 4)
     scores = output.read_bytes()
@@ -133,6 +136,87 @@ def test_another_run_does_not_continue(tmp_path, tiny, folder):
             run(*options, "--max_samples", 4)
 
 
+def test_answers_about_images_that_were_replaced_are_not_used(tmp_path, tiny, folder):
+    options = ("--model", tiny, "--dataset", folder, "--batch_size", 4, "--output", tmp_path / "scores.json")
+    run(*options)
+    Image.open(folder / "0.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "9.png")
+    with pytest.raises(
+        ValueError, match=r"predictions.jsonl, line 11: the answer to '.*val.jsonl, line 10' was given"
+    ):
+        run(*options)
+
+
+def test_scores_in_the_file_are_computed_anew(tmp_path, tiny, folder):
+    output, predictions = tmp_path / "scores.json", tmp_path / "scores.json.predictions.jsonl"
+    options = ("--model", tiny, "--dataset", folder, "--batch_size", 4, "--output", output)
+    run(*options)
+    whole, (head, *lines) = output.read_bytes(), predictions.read_text().split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    predictions.write_text(
+        "\n".join([head, *(json.dumps(row | {"accuracy": 0.7, "any_match": 1}) for row in rows), ""])
+    )
+    run(*options)
+    assert output.read_bytes() == whole
+    for change, message in (
+        ({"prediction": 3}, "line 2: not an answered question: 'prediction' must be a text; found 3"),
+        ({"answers": ["a"]}, "line 2: not an answered question: VQA accuracy needs the answers of at least 4"),
+        ({"points": 3}, "line 2: not an answered question: .*'points'"),
+    ):
+        predictions.write_text("\n".join([head, *(json.dumps(row | change) for row in rows), ""]))
+        with pytest.raises(ValueError, match=message):
+            run(*options)
+    predictions.write_text("\n".join([head, *lines, *lines, ""]))
+    with pytest.raises(ValueError, match="holds 20 answers to 10 questions"):
+        run(*options)
+
+
+def test_outputs_that_differ_after_their_last_point_keep_their_own_answers(tmp_path, tiny):
+    for name in ("a.naive", "a.aegis"):
+        run("--model", tiny, "--max_samples", 2, "--metrics", "cross_entropy", "--output", tmp_path / name)
+        assert (tmp_path / f"{name}.predictions.jsonl").exists()
+
+
+def test_a_branch_on_the_hub_is_asked_at_its_commit(tmp_path, tiny, folder, monkeypatch):
+    from transformers import AutoProcessor
+
+    from hf_aegis.data import vqa_sources
+
+    commits = {"org/model": "a" * 40, "org/set": "b" * 40}
+    asked = []
+
+    def info(repository, revision=None, timeout=None):
+        return SimpleNamespace(sha=commits[repository])
+
+    def load_vqa(source, split, *args, revision, config, **kwargs):
+        asked.append((revision, config))
+        return vqa_load(str(folder), split, *args, **kwargs)
+
+    vqa_load, model_from_folder = vqa_sources.load_vqa, eval_vqa._load_model
+    processor = AutoProcessor.from_pretrained(tiny)
+    monkeypatch.setattr("huggingface_hub.model_info", info)
+    monkeypatch.setattr("huggingface_hub.dataset_info", info)
+    monkeypatch.setattr(vqa_sources, "load_vqa", load_vqa)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda source, revision: asked.append(revision) or processor)
+
+    def load_model(arguments, revision):
+        asked.append(revision)
+        arguments.model = tiny
+        return model_from_folder(arguments, None)
+
+    monkeypatch.setattr(eval_vqa, "_load_model", load_model)
+    output = tmp_path / "scores.json"
+    options = ("--model", "org/model", "--dataset", "org/set", "--dataset_config", "small", "--output", output)
+    run(*options)
+    assert asked == [("b" * 40, "small"), "a" * 40, "a" * 40]
+    scores = json.loads(output.read_text())
+    assert (scores["revision"], scores["dataset_revision"], scores["dataset_config"]) == ("a" * 40, "b" * 40, "small")
+    commits["org/model"] = "c" * 40
+    with pytest.raises(ValueError, match=f"other settings: revision is '{'a' * 40}' there and '{'c' * 40}' here"):
+        run(*options)
+    # The commit itself is the way to continue.
+    run(*options, "--revision", "a" * 40)
+
+
 @pytest.mark.parametrize(("metric", "absent"), [("cross_entropy", "accuracy"), ("accuracy", "cross_entropy")])
 def test_one_metric_alone(tmp_path, tiny, folder, capsys, metric, absent):
     columns = '{"answer_type": null, "question_type": "answer_type"}'
@@ -144,6 +228,23 @@ def test_one_metric_alone(tmp_path, tiny, folder, capsys, metric, absent):
     assert scores["by_type"].keys() == {"other"}
     assert "by_answer_type" not in scores
     assert "-" in capsys.readouterr().out.splitlines()[1].split()
+
+
+def test_weights_may_have_any_dtype(tmp_path, tiny):
+    found = {}
+    for dtype in eval_vqa.DTYPES:
+        options = ("--max_samples", 4, "--metrics", "cross_entropy", "--dtype", dtype)
+        run("--model", tiny, *options, "--output", tmp_path / dtype)
+        found[dtype] = json.loads((tmp_path / dtype).read_text())["cross_entropy"]
+    assert found["float64"] == pytest.approx(found["float32"], rel=1e-5)
+    assert len(set(found.values())) == 4
+    assert max(found.values()) == pytest.approx(min(found.values()), rel=0.1)
+
+
+def test_no_dtype_of_a_training_run_is_refused():
+    from hf_aegis.training.run_arguments import RunArguments
+
+    assert set(get_args(get_type_hints(RunArguments)["dtype"])) <= set(eval_vqa.DTYPES)
 
 
 def test_a_model_with_an_action_expert_can_be_scored(tmp_path, tiny_model, tiny_processor):

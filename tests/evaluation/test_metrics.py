@@ -32,6 +32,15 @@ def test_cross_entropy_is_the_mean_over_answers(metrics):
     assert found == {"answer_cross_entropy": 2.0}
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_an_unknown_option_is_refused(metrics, name):
+    inputs = (
+        {"predictions": [0.5]} if name == "answer_cross_entropy" else {"predictions": ["a"], "references": [["a"] * 4]}
+    )
+    with pytest.raises(TypeError, match="unexpected keyword argument 'normalise'"):
+        metrics[name].compute(**inputs, normalise=True)
+
+
 def test_they_load_by_their_folder(metrics):
     import evaluate
 

@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ from PIL import Image
 from torch import nn
 
 from hf_aegis.data.vqa import VQASample, VQASamples
-from hf_aegis.evaluation import VQAHoldout
+from hf_aegis.evaluation import VQAHoldout, VQAResult, survey, vqa_scores
+from hf_aegis.evaluation.vqa import answer_length
 from hf_aegis.evaluation.vqa_scores import VQARecord
 from hf_aegis.functional.bootstrap import bootstrap_interval
+from hf_aegis.functional.vqa_answers import vqa_accuracy
 from hf_aegis.models import PaliGemmaFlowForAction
 
 
@@ -226,8 +230,72 @@ def test_a_lazy_set_is_the_same_holdout_and_stays_encoded(tiny_model, tiny_proce
 def test_generation_reaches_the_longest_answer_of_any_annotator(tiny_processor):
     image, tokenizer = Image.new("RGB", (8, 8)), tiny_processor.tokenizer
     long = "a dark red triangle"
-    samples = [VQASample(image, "?", "red", answers=("red",) * 9 + (long,))]
-    assert VQAHoldout(samples, tiny_processor)._max_new_tokens == len(tokenizer(long)["input_ids"]) + 1
+    needed = len(tokenizer(long)["input_ids"]) + 1
+    one = VQASample(image, "?", long)
+    assert VQAHoldout([one, VQASample(image, "?", "red")], tiny_processor)._max_new_tokens == needed
+    # What vanishes in VQA accuracy may follow a right answer, or a wrong one.
+    several = VQASample(image, "?", "red", answers=("red",) * 9 + (long,))
+    assert VQAHoldout([several], tiny_processor)._max_new_tokens == needed + 8
+    short = VQASample(image, "?", "red", answers=("red",) * 10)
+    limit = max(needed, len(tokenizer("red")["input_ids"]) + 1 + 8)
+    assert VQAHoldout([one, short], tiny_processor)._max_new_tokens == limit
+
+
+def test_an_answer_goes_on_where_one_that_scores_would_have_ended(tiny_processor):
+    answers = ("red",) * 9 + ("Red",)
+    assert [vqa_accuracy(text, answers) for text in ("red, the", "red, the blue")] == [1, 0]
+    annotations = [VQASample(Image.new("RGB", (8, 8)), "?", "red", answers=answers).annotation]
+    assert answer_length(tiny_processor.tokenizer, annotations) >= len(
+        tiny_processor.tokenizer("red, the blue")["input_ids"]
+    )
+
+
+def test_scores_that_are_not_finite_are_reported_without_an_interval(tiny_processor, samples):
+    records = VQAHoldout(samples[:4], tiny_processor).ask(Answering(tiny_processor, ["yes"] * 4), cross_entropy=False)
+    kind = records[1].annotation.question_type
+    for worst in (math.nan, math.inf):
+        values = [1.0, worst, 2.0, 3.0]
+        result = VQAResult.of([replace(record, cross_entropy=v) for record, v in zip(records, values, strict=True)])
+        assert not math.isfinite(result.cross_entropy)
+        assert result.cross_entropy_interval is None
+        assert result.by_type[kind].cross_entropy_interval is None
+        assert result.accuracy_interval is not None
+        found = result.to_dict()
+        assert not math.isfinite(found["cross_entropy"])
+        assert "cross_entropy_interval" not in found
+
+
+def test_a_diverged_model_is_evaluated(tiny_model, tiny_processor, samples):
+    with torch.no_grad():
+        tiny_model.model.language_model.norm.weight.fill_(math.nan)
+    assert math.isnan(VQAHoldout(samples[:2], tiny_processor).evaluate_cross_entropy(tiny_model).cross_entropy)
+
+
+def test_intervals_are_computed_when_they_are_asked_for(tiny_model, tiny_processor, samples, monkeypatch):
+    calls = []
+    monkeypatch.setattr(vqa_scores, "bootstrap_interval", lambda values: calls.append(len(values)) or (0.0, 1.0))
+    result = VQAHoldout(samples, tiny_processor).evaluate_cross_entropy(tiny_model)
+    assert not calls
+    assert result.cross_entropy_interval == result.cross_entropy_interval == (0.0, 1.0)
+    assert calls == [12]
+    assert "accuracy_interval" not in result.to_dict()
+    assert len(calls) == 1 + len(result.by_type)
+
+
+def test_a_survey_scores_as_the_holdout_does_in_bounded_memory(tiny_model, tiny_processor, samples, monkeypatch):
+    holdout = VQAHoldout(samples, tiny_processor, batch_size=5)
+    expected = holdout.evaluate(tiny_model)
+    sizes, make = [], VQAHoldout.__init__
+    monkeypatch.setattr(
+        VQAHoldout, "__init__", lambda self, *args, **kw: sizes.append(len(args[0])) or make(self, *args, **kw)
+    )
+    result, fingerprint = survey(lambda: tiny_model, samples, tiny_processor, batch_size=5)
+    assert sizes == [5, 5, 2]
+    assert fingerprint == holdout.fingerprint
+    assert result == expected
+    assert result.to_dict() == expected.to_dict()
+    with pytest.raises(ValueError, match="at least one question"):
+        survey(lambda: tiny_model, [], tiny_processor)
 
 
 def test_a_record_survives_json(tiny_processor):
