@@ -1,5 +1,6 @@
 """What one training run is of: model, data, evaluation. Its way of training is an [`AEGISConfig`]."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -9,6 +10,11 @@ class RunArguments:
     """
     What is trained on what. The arguments of the training itself are those of [`AEGISConfig`].
 
+    Questions come from easy-VQA, from a folder, or from the Hub: `"easy-vqa"`, the path of a folder that exists, or
+    else an id, as of `load_vqa`. Of a set on the Hub no more is downloaded than the asked number of samples needs:
+    they are streamed, and then come from about the first `2 * samples` of shuffled shards. Without a number (as
+    `vqa_final_samples` by default) the whole set is downloaded.
+
     Args:
         model (`str`, *optional*): Folder or Hub id of a PaliGemma; by default the embedded one.
         demonstrations (`list[str]`, *optional*): LIBERO HDF5 files or folders; by default the embedded ones.
@@ -16,16 +22,20 @@ class RunArguments:
         chunk_size (`int`, *optional*, defaults to `50`): Actions per chunk.
         held_out_per_task (`int`, *optional*, defaults to `1`): Demonstrations of each task kept for evaluation.
         short_demonstrations (`str`, *optional*, defaults to `"error"`): `"pad"` admits those shorter than a chunk.
-        expert (`dict`, *optional*): Fields of [`PaliGemmaFlowConfig`], such as `expert_hidden_size`, or
-            `flow_gradient_to_vlm: false` to keep the action loss out of the vision-language model.
+        expert (`dict`, *optional*): Fields that [`PaliGemmaFlowConfig`] adds to a PaliGemma's, such as
+            `expert_hidden_size`, or `flow_gradient_to_vlm: false` to keep the action loss out of the vision-language
+            model; all but `chunk_size`, which is an argument of its own.
         lora (`dict`, *optional*): Fields of `peft.LoraConfig`: the language model trains through low-rank adapters,
             projector and expert in full, all else is frozen. An empty mapping takes peft's defaults.
-        fast (`dict`, *optional*): Options of [`FASTTokenizer.fit`], such as `vocab_size`: a tokenizer is fitted on the
-            training actions, and the language model learns to predict their tokens.
+        fast (`dict`, *optional*): The options `vocab_size` and `scale` of [`FASTTokenizer.fit`], both optional: a
+            tokenizer is fitted on the training actions, and the language model learns to predict their tokens.
         weight_interpolation (`float`, *optional*):
             After training, the vision-language model's weights become this share of the fine-tuned and the rest of the
             pre-trained ones.
-        dtype (`str`, *optional*, defaults to `"float32"`): Of the weights.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the weights: `"float32"`, `"bfloat16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes in bfloat16 on
+            float32 weights. In `"float64"` a model can be trained, but `hf-aegis anchor` and `hf-aegis eval-vqa` do
+            not take it.
         vqa_dataset (`str`, *optional*, defaults to `"easy-vqa"`): Questions of the hold-out; see `load_vqa`.
         vqa_split (`str`, *optional*, defaults to `"test"`): Their split.
         vqa_samples (`int`, *optional*, defaults to `500`): How many during training; 0 for none.
@@ -54,11 +64,13 @@ class RunArguments:
     )
     expert: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of PaliGemmaFlowConfig, as JSON."})
     lora: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig, as JSON."})
-    fast: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the FAST tokenizer, as JSON."})
+    fast: dict[str, Any] | None = field(
+        default=None, metadata={"help": "vocab_size and scale of the FAST tokenizer, as JSON."}
+    )
     weight_interpolation: float | None = field(
         default=None, metadata={"help": "Share of the fine-tuned weights in the final model."}
     )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
+    dtype: Literal["float32", "bfloat16", "float64"] = field(
         default="float32", metadata={"help": "Dtype of the weights."}
     )
     vqa_dataset: str = field(default="easy-vqa", metadata={"help": "Questions of the hold-out."})
@@ -76,17 +88,82 @@ class RunArguments:
 
     def check(self) -> None:
         """
+        Checks what can be checked before model and data are loaded.
+
         Raises:
-            ValueError: If a value is unknown or out of range; the message names the field.
+            ValueError: If a value is unknown or out of range; the message names the field, and the key in it.
         """
         for name in ("dtype", "short_demonstrations"):
             choices = get_args(get_type_hints(RunArguments)[name])
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        for name in ("vqa_samples", "action_samples", "analysis_samples"):
-            if (value := getattr(self, name)) < 0:
+        for name in ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "analysis_samples"):
+            if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}")
+        for name in ("chunk_size", "held_out_per_task", "replay_samples"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
         if self.weight_interpolation is not None and not 0 <= self.weight_interpolation <= 1:
             raise ValueError(f"weight_interpolation must lie in [0, 1], found {self.weight_interpolation}")
         if self.weight_interpolation is not None and self.lora is not None:
             raise ValueError("weight_interpolation is of weights that train in full: it cannot be combined with lora")
+        if self.expert is not None:
+            _check_expert(self.expert)
+        if self.lora is not None:
+            _check_lora(self.lora)
+        if self.fast is not None:
+            _check_fast(self.fast)
+
+
+def _check_expert(fields: dict[str, Any]) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    from hf_aegis.models import PaliGemmaFlowConfig
+
+    known = set(PaliGemmaFlowConfig.__annotations__) - {"chunk_size"}
+    _refuse_unknown("expert", fields, known)
+    try:
+        # With the sizes of some vision-language model, which the expert's do not depend on.
+        PaliGemmaFlowConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"expert: {error.__cause__ or error}") from error
+
+
+def _check_lora(fields: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    _refuse_unknown("lora", fields, set(LoraConfig.__dataclass_fields__))
+    try:
+        config = LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error
+    # Left to peft, these come up when the model has been loaded, or never.
+    _require_whole("lora: r", config.r)
+    _require_positive("lora: lora_alpha", config.lora_alpha)
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"lora: lora_dropout must be a number in [0, 1), found {config.lora_dropout!r}")
+
+
+def _check_fast(options: dict[str, Any]) -> None:
+    _refuse_unknown("fast", options, {"scale", "vocab_size"})
+    _require_whole("fast: vocab_size", options.get("vocab_size", 1))
+    _require_positive("fast: scale", options.get("scale", 1))
+
+
+def _refuse_unknown(field_name: str, mapping: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(map(str, set(mapping) - known)):
+        raise ValueError(f"{field_name}: unknown key {unknown[0]!r}, expected some of {sorted(known)}")
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"{name} must be a positive number, found {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
