@@ -1,6 +1,7 @@
 """What a shield remembers of a forward pass until its backward pass."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -8,6 +9,11 @@ from torch.nn import Parameter
 
 from hf_aegis.gradients.graph import LayerLeakError
 from hf_aegis.gradients.reference import LayerPenalty
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states of what a decoder layer returned."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass(eq=False)

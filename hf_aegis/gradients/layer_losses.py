@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_aegis.anchors import find_decoder_layers, unwrap_model
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.functional.moments import check_mask
+from hf_aegis.gradients.forward_pass import hidden_output
 from hf_aegis.gradients.recompute import AmbientState
 from hf_aegis.gradients.reference import TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
@@ -226,11 +227,6 @@ def masked_mean_square(hidden: Tensor, target: Tensor, mask: Tensor | None) -> T
     keep = (mask != 0).to(hidden.device)
     difference = difference.masked_fill(~keep.unsqueeze(-1), 0.0)
     return difference.square().sum() / (keep.sum().clamp(min=1) * hidden.shape[-1])
-
-
-def hidden_output(output: Any) -> Tensor:
-    """The hidden states of what a decoder layer returned."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager

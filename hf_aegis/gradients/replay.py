@@ -53,10 +53,11 @@ class ReplayShield:
         combiner (`str`, *optional*, defaults to `"one_sided"`):
             `"one_sided"` (A-GEM), `"pcgrad"` or `"graddrop"`.
         granularity (`"layer"`, `"global"` or `"tensor"`, *optional*, defaults to `"layer"`):
-            What is combined as one vector. A-GEM and PCGrad as published are `"global"`; it is of no account to
-            GradDrop.
+            What is combined as one vector. A-GEM and PCGrad as published are `"global"`. GradDrop combines each
+            element by itself: there it says only in which order the numbers are drawn, for which groups figures are
+            reported, and how far a replay gradient that is not finite turns it off.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
-            Damping of the projections' denominators.
+            Damping of the projections' denominators; GradDrop has none.
         layers (`str` or `torch.nn.ModuleList`, *optional*):
             Where the decoder layers are, if they cannot be found.
         seed (`int`, *optional*, defaults to 0):

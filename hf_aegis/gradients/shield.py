@@ -34,7 +34,7 @@ from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
 from hf_aegis.gradients.combiners import OneSidedGramSchmidt
 from hf_aegis.gradients.diagnostics import ProjectionReport
-from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord
+from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_output
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity
@@ -205,7 +205,7 @@ class GradientShield:
     def _on_layer_output(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden_output(output)
         if _in_backward():
             if self._passes:
                 return  # the model's own checkpointing recomputes what was recorded

@@ -1,7 +1,7 @@
 """Arguments of [`AEGISTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -53,10 +53,11 @@ class AEGISConfig(TrainingArguments):
         granularity (`str`, *optional*, defaults to `"layer"`):
             What is projected as one vector: `"layer"`, `"global"` or `"tensor"`. `"global"` keeps the reference
             gradients of all layers to the end of each backward pass: as much memory as the gradients themselves.
+            GradDrop combines each element by itself; to it this is the order in which numbers are drawn.
         penalty_scale (`float`, *optional*, defaults to `1.0`):
-            Weight \\(\lambda\\) of the transport penalty.
+            Weight \\(\lambda\\) of the transport penalty that is the reference.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
-            Damping of the projection's denominator.
+            Damping of the projection's denominator; GradDrop has none.
         decoder_layers (`str`, *optional*):
             Dotted path of the decoder layers, for models where they cannot be found.
         expert_learning_rate (`float`, *optional*, defaults to `1e-4`):
@@ -77,7 +78,7 @@ class AEGISConfig(TrainingArguments):
             Generate answers in these evaluations, besides the teacher-forced cross-entropy.
 
     Raises:
-        ValueError: If a value is unknown or out of range; the message names the field.
+        ValueError: If a value is unknown or out of range, or has no effect; the message names the field.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of all but the action expert."})
@@ -158,9 +159,10 @@ class AEGISConfig(TrainingArguments):
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise ValueError(f"penalties: the weight of {name!r} must be a positive number, found {weight!r}")
         if self.preserve == "none":
-            for name, value in (("reference", "transport"), ("combiner", "one_sided")):
-                if getattr(self, name) != value:
-                    raise ValueError(f'{name}={getattr(self, name)!r} has no effect with preserve="none"')
+            self._refuse_without_effect(
+                'preserve="none"',
+                *("reference", "combiner", "granularity", "penalty_scale", "projection_eps", "dual_backward"),
+            )
         elif self.reference == "transport":
             if self.combiner != "one_sided":
                 raise ValueError(
@@ -170,7 +172,23 @@ class AEGISConfig(TrainingArguments):
             if "replay" in (self.penalties or {}):
                 raise ValueError(
                     'penalties: "replay" cannot be combined with the transport reference, whose statistics would mix '
-                    'those of the replayed batch in; use reference="replay"'
+                    'those of the replayed batch in; use preserve="none" with it, or reference="replay" instead of it'
+                )
+        else:
+            self._refuse_without_effect('reference="replay"', "penalty_scale", "dual_backward")
+            if self.combiner == "graddrop":
+                self._refuse_without_effect('combiner="graddrop"', "projection_eps")
+            if "replay" in (self.penalties or {}):
+                raise ValueError(
+                    'penalties: "replay" cannot be combined with reference="replay", which would combine a replayed '
+                    'batch\'s gradient with itself; use combiner="pcgrad" to follow both losses, or preserve="none" '
+                    "to add them"
                 )
         if self.neuron_cosine_steps and (self.preserve == "none" or self.reference != "transport"):
             raise ValueError('neuron_cosine_steps needs preserve="projection" and reference="transport"')
+
+    def _refuse_without_effect(self, with_what: str, *names: str) -> None:
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}={value!r} has no effect with {with_what}")

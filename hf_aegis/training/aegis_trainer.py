@@ -29,6 +29,7 @@ from hf_aegis.training.expert_parameters import expert_modules, expert_parameter
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
 
@@ -161,13 +162,22 @@ class AEGISTrainer(Trainer):
 
     @property
     def non_finite_guard(self) -> NonFiniteGuard:
-        """What drops and counts steps. The Trainer may replace its callbacks when it resumes."""
+        """What drops and counts steps."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, NonFiniteGuard))
+
+    @property
+    def unprotected_steps(self) -> int:
+        """Steps in which a reference gradient was not finite, so that some groups were left unprotected."""
+        return 0 if self._projection is None else self._projection.unprotected_steps
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The Trainer's own step, with what keeps the model's knowledge around it."""
+        # Before the Trainer does: the replayed batch comes first, and is a batch of training too.
+        model.train()
+        if callable(to_training := getattr(self.optimizer, "train", None)):
+            to_training()
         accumulation = self.current_gradient_accumulation_steps
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
@@ -201,9 +211,16 @@ class AEGISTrainer(Trainer):
         self._note_flow(self._task_means, outputs, inputs)
         if (added := self.preservation.added_loss()) is not None:
             # A loss that is normalised over the whole accumulated batch is not divided by the micro-batches later.
-            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            whole = self._is_whole_loss(num_items_in_batch)
             loss = loss + (added / self.current_gradient_accumulation_steps if whole else added)
         return (loss, outputs) if return_outputs else loss
+
+    def _is_whole_loss(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer takes its loss to be normalised over all micro-batches: its `training_step`'s rule."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
 
     @staticmethod
     def _note_flow(means: RunningMeans, outputs: Any, inputs: dict[str, Any]) -> None:
@@ -213,7 +230,8 @@ class AEGISTrainer(Trainer):
 
     def _replay_loss(self, batch: Any) -> Tensor:
         inputs = self._prepare_inputs(batch)
-        with self.compute_loss_context_manager():
+        # Not left to the model: when EWC's Fisher information is estimated, accelerate has not wrapped it yet.
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             return self.model(**inputs).loss
 
     def evaluation_loop(
@@ -265,6 +283,13 @@ class AEGISTrainer(Trainer):
             self.ema.copy_to_model()
         return output
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # What a training that failed left behind, also one that begins again with smaller batches.
+        self._micro_batch = (-1, 0)
+        self._task_means.clear()
+        self.preservation.means.clear()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
         if self.state.global_step >= self.state.max_steps:
@@ -296,6 +321,8 @@ class AEGISTrainer(Trainer):
             logs = {**logs, **self._task_means.read(self._total), **self.preservation.figures()}
             if self._projection is not None:
                 logs = {**logs, **self._projection.means()}
+                if self._projection.unprotected_steps:
+                    logs = {**logs, "unprotected_steps": float(self._projection.unprotected_steps)}
             if self.non_finite_guard.skipped_steps:
                 logs = {**logs, "skipped_steps": float(self.non_finite_guard.skipped_steps)}
         super().log(logs, start_time)
@@ -321,6 +348,15 @@ class AEGISTrainer(Trainer):
             super()._load_best_model()
         if self.ema is not None:
             self.ema.load(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        # Those of ours read their own. The Trainer would make them anew, without what their state does not hold.
+        stored: Any = self.state.stateful_callbacks
+        ours = {type(c).__name__ for c in self.callback_handler.callbacks if isinstance(c, ResumableCallback)}
+        others: Any = {name: data for name, data in stored.items() if name not in ours}
+        self.state.stateful_callbacks = others
+        super()._load_callback_state()
+        self.state.stateful_callbacks = stored
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

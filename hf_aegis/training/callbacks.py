@@ -1,5 +1,6 @@
 """What runs beside a training loop: diagnostics, metrics on disk, VQA evaluation, the expert's average."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from hf_aegis.training.resumable import ResumableCallback
 
 if TYPE_CHECKING:
     from hf_aegis.evaluation.vqa import VQAHoldout
+
+logger = logging.getLogger(__name__)
 
 
 def mean_summary(summaries: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
@@ -60,6 +63,15 @@ class ProjectionCallback(TrainerCallback):
         self.lines = JSONLines(Path(output_dir) / PROJECTION_FILE)
         self._unread: list[tuple[int, ProjectionReport]] = []
         self._summaries: list[dict[str, float]] = []
+        self._unprotected: set[int] = set()
+
+    @property
+    def unprotected_steps(self) -> int:
+        """
+        Steps with a backward pass in which a group had a finite task gradient but no finite reference gradient, so
+        that nothing was kept there. Counted over all of `projection.jsonl`, in a resumed run too.
+        """
+        return len(self._unprotected)
 
     def add(self, step: int, report: ProjectionReport) -> None:
         """Notes the report of a backward pass that belongs to optimiser step `step`, counted from one."""
@@ -71,6 +83,14 @@ class ProjectionCallback(TrainerCallback):
         self._summaries += [record["summary"] for record in records]
         self.lines.append(records)
         self._unread.clear()
+        known = self.unprotected_steps
+        self._unprotected.update(record["step"] for record in records if _is_unprotected(record))
+        if not known and self._unprotected:
+            logger.warning(
+                "the reference gradient of step %d is not finite, so the task gradient of such groups stays as it is; "
+                "further ones are counted as unprotected_steps",
+                min(self._unprotected),
+            )
 
     def means(self) -> dict[str, float]:
         """Means of the figures of all finite reports since the last call; empty where there is none."""
@@ -85,11 +105,22 @@ class ProjectionCallback(TrainerCallback):
         self._unread.clear()
         self._summaries.clear()
         self.lines.rewind(state.global_step)
+        self._unprotected = {record["step"] for record in self.lines.read() if _is_unprotected(record)}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.flush()
+
+
+def _is_unprotected(record: Mapping[str, Any]) -> bool:
+    """Whether a line of `projection.jsonl`, read or yet to be written, tells of a reference that was not finite."""
+    norms = zip(record["task_norm"], record["reference_norm"], strict=True)
+    return any(_is_finite(task) and not _is_finite(reference) for task, reference in norms)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 class VQACallback(TrainerCallback):

@@ -9,11 +9,20 @@ from hf_aegis.anchors.decoder_layers import unwrap_model
 
 
 def question_collator(model: nn.Module, processor: Any) -> Callable[[list[Any]], Any] | None:
-    """For samples of questions; `None` for another model."""
+    """
+    For samples of questions; `None` for another model.
+
+    Raises:
+        ValueError: If there is no processor to make it from.
+    """
     from hf_aegis.data.vqa import VQACollator
     from hf_aegis.models import PaliGemmaFlowForAction
 
-    return VQACollator(processor) if isinstance(unwrap_model(model), PaliGemmaFlowForAction) else None
+    if not isinstance(unwrap_model(model), PaliGemmaFlowForAction):
+        return None
+    if processor is None:
+        raise ValueError("replay_dataset needs a collator of its samples: give processing_class or replay_collator")
+    return VQACollator(processor)
 
 
 def action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:

@@ -57,7 +57,8 @@ class JSONLines:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a last line that a killed process left half-written is passed over."""
         records = []
-        lines = self.path.read_text().splitlines()
+        # Not `splitlines`: a line separator of Unicode may stand inside a JSON string.
+        lines = self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(json.loads(line))

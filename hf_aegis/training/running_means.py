@@ -25,5 +25,9 @@ class RunningMeans:
         for name, value in self._sums.items():
             summed, weight = total(torch.stack([value, torch.full_like(value, self._weights[name])])).tolist()
             means[name] = summed / weight
-        self._sums, self._weights = {}, {}
+        self.clear()
         return means
+
+    def clear(self) -> None:
+        """A new beginning, without reading anything."""
+        self._sums, self._weights = {}, {}

@@ -166,6 +166,22 @@ def test_a_resumed_run_goes_on_counting(train, tmp_path, restore):
         train(resume=str(state.parent), **options)
 
 
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_goes_on_with_its_neuron_cosines(train, tmp_path, restore):
+    options = {
+        "neuron_cosine_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "restore_callback_states_from_checkpoint": restore,
+    }
+    train(**options)
+    file = tmp_path / "out" / "neuron_cosines.json"
+    whole = json.loads(file.read_text())
+    assert whole["steps"] == [1, 3, 5]
+    train(resume=str(tmp_path / "out" / "checkpoint-3"), **options)
+    assert json.loads(file.read_text()) == whole
+
+
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_no_checkpoint_is_saved_before_its_log(train, token_dataset, tmp_path, strategy):
     class Watch(TrainerCallback):

@@ -61,6 +61,14 @@ def test_a_half_written_last_line_does_not_spoil_what_follows(lines):
     assert lines.read() == [{"step": 1}, {"step": 2}]
 
 
+def test_only_newlines_end_a_record(lines):
+    """Unicode has other line separators, which another writer need not have escaped."""
+    records = [{"step": 1, "name": "a\u2028b\x85c"}, {"step": 2}]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines.path.write_text(text, encoding="utf-8")
+    assert lines.read() == records
+
+
 def test_a_corrupt_line_elsewhere_is_an_error_that_names_it(lines):
     lines.append([{"step": 1}])
     with lines.path.open("a") as file:
