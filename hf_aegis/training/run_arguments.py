@@ -33,9 +33,9 @@ class RunArguments:
             After training, the vision-language model's weights become this share of the fine-tuned and the rest of the
             pre-trained ones.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Of the weights: `"float32"`, `"bfloat16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes in bfloat16 on
-            float32 weights. In `"float64"` a model can be trained, but `hf-aegis anchor` and `hf-aegis eval-vqa` do
-            not take it.
+            Of the weights: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes in
+            bfloat16 on float32 weights. `hf-aegis anchor` collects in the first two alone, and in float16 gradients are
+            not combined.
         vqa_dataset (`str`, *optional*, defaults to `"easy-vqa"`): Questions of the hold-out; see `load_vqa`.
         vqa_split (`str`, *optional*, defaults to `"test"`): Their split.
         vqa_samples (`int`, *optional*, defaults to `500`): How many during training; 0 for none.
@@ -70,7 +70,7 @@ class RunArguments:
     weight_interpolation: float | None = field(
         default=None, metadata={"help": "Share of the fine-tuned weights in the final model."}
     )
-    dtype: Literal["float32", "bfloat16", "float64"] = field(
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
         default="float32", metadata={"help": "Dtype of the weights."}
     )
     vqa_dataset: str = field(default="easy-vqa", metadata={"help": "Questions of the hold-out."})
