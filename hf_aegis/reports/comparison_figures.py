@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,25 @@ from tqdm import tqdm
 from hf_aegis.atomic_files import replacing
 from hf_aegis.reports.bands import Records
 from hf_aegis.reports.drift_plane import drift_plane, plot_drift
+from hf_aegis.reports.figure_material import Material, MissingDataError
 from hf_aegis.reports.neuron_cosine_figures import plot_neuron_cosines
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
-from hf_aegis.reports.style import REFERENCES, condition_styles, split_ablations
+from hf_aegis.reports.style import REFERENCES, condition_panels, condition_styles, split_ablations
 from hf_aegis.reports.trade_off import plot_trade_off, plottable
-from hf_aegis.reports.training_curves import plot_flow_over_seeds, plot_projection_over_seeds, plot_vqa_over_seeds
+from hf_aegis.reports.training_curves import (
+    SeedRuns,
+    logged_curves,
+    plot_flow_over_seeds,
+    plot_projection_over_seeds,
+    plot_vqa_over_seeds,
+)
 
 
 # Side by side, more panels would be too small to read.
 _DRIFT_PANELS = 3
 # Their reference directions differ: the anchor's, and a replayed batch's.
 _PROJECTED = ("aegis", "a_gem")
-
-
-class MissingDataError(ValueError):
-    """What a figure shows was not logged; the message is a sentence that says so."""
 
 
 @dataclass(frozen=True)
@@ -47,41 +50,6 @@ class Figure:
     explanation: str
     path: Path | None = None
     missing: str = ""
-
-
-@dataclass(frozen=True)
-class Material:
-    """
-    What figures are made from.
-
-    Args:
-        results (`Mapping`): As [`results_table.collect_results`] collects them.
-        logs (`Mapping[str, list[RunLogs]]`): The finished runs by condition.
-    """
-
-    results: Mapping[str, Any]
-    logs: Mapping[str, list[RunLogs]]
-
-    @cached_property
-    def metrics(self) -> dict[str, list[Records]]:
-        """The logs of each condition's runs."""
-        found = {name: [records for run in runs if (records := run.metrics())] for name, runs in self.logs.items()}
-        return {name: runs for name, runs in found.items() if runs}
-
-    def that_logged(self, *keys: str) -> dict[str, list[Records]]:
-        """The logs of the runs with a record of any of `keys`."""
-        found = {
-            name: [records for records in runs if any(key in record for record in records for key in keys)]
-            for name, runs in self.metrics.items()
-        }
-        return {name: runs for name, runs in found.items() if runs}
-
-    def first_with(self, read: Callable[[RunLogs], Any]) -> tuple[str, list[Any]]:
-        """AEGIS or naive, whichever has what `read` reads, or else the first other condition; and what was read."""
-        for name in sorted(self.logs, key=lambda name: name not in REFERENCES):
-            if found := [content for run in self.logs[name] if (content := read(run)) is not None]:
-                return name, found
-        raise MissingDataError("")
 
 
 def draw_figures(material: Material, folder: Path) -> list[Figure]:
@@ -107,10 +75,12 @@ def draw_figures(material: Material, folder: Path) -> list[Figure]:
 
 
 def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], str]]]:
-    methods, ablations = split_ablations(plottable(material.results["conditions"]))
-    yield "trade_off", "Retention against plasticity", partial(_trade_off, material, methods)
-    yield "vqa", "Question answering during training", partial(_vqa, material)
-    yield "flow", "Flow loss during training", partial(_flow, material)
+    methods, ablations = split_ablations(material.logs)
+    for names, suffix, of_what in ((methods, "", ""), (ablations, "_ablations", ": variants of AEGIS")):
+        if names:
+            yield f"trade_off{suffix}", f"Retention against plasticity{of_what}", partial(_trade_off, material, names)
+            yield f"vqa{suffix}", f"Question answering during training{of_what}", partial(_vqa, material, names)
+            yield f"flow{suffix}", f"Flow loss during training{of_what}", partial(_flow, material, names)
     yield "gradient_spectra", "Spectra of the two losses' gradients", partial(_spectra, material)
     yield "gradient_concentration", "Concentration of the gradients", partial(_concentration, material)
     yield "drift", "Drift of the hidden states", partial(_drift, material)
@@ -118,47 +88,82 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
         title = f"What the projection did: {condition_styles([name])[name]['label']}"
         yield f"projection_{name}", title, partial(_projection, material, name)
     yield "neuron_cosines", "Agreement of the gradients, neuron by neuron", partial(_neurons, material)
-    if ablations:
-        title = "Retention against plasticity: variants of AEGIS"
-        yield "trade_off_ablations", title, partial(_trade_off, material, ablations)
 
 
-def _trade_off(material: Material, names: Sequence[str], path: Path) -> str:
+def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str:
+    found = plottable(material.results["conditions"])
+    names = [name for name in conditions if name in found]
     if not names:
         raise MissingDataError("no finished run has both a VQA accuracy and a held-out flow MSE in its result.json.")
-    plot_trade_off(material.results["conditions"], names, material.results["before"], path)
-    return (
-        "Each marker is a condition after training: how often it still answers correctly (upwards), and its error on "
-        "held-out demonstrations (leftwards is better). The upper left corner keeps the knowledge and learns the "
-        "task. Bars are one standard deviation over seeds in both directions (none for a single run); a difference "
-        "that is small beside them may be chance. The dotted line is the model before fine-tuning."
+    before = material.results["before"]
+    plot_trade_off(material.results["conditions"], names, before, path)
+    several = any(material.results["conditions"][name]["runs"] > 1 for name in names)
+    return " ".join(
+        [
+            "Each marker is a condition after training: how often it still answers correctly (upwards), and its error "
+            "on held-out demonstrations (leftwards is better). The upper left corner keeps the knowledge and learns "
+            "the task.",
+            "Bars are one standard deviation over seeds in both directions (none for a single run); a difference that "
+            "is small beside them may be chance."
+            if several
+            else "There is one run of each, so a difference may be chance.",
+            *(["The dotted line is the model before fine-tuning."] if before else []),
+        ]
     )
 
 
-def _vqa(material: Material, path: Path) -> str:
-    runs = material.that_logged("vqa_cross_entropy", "vqa_accuracy")
+def _vqa(material: Material, conditions: Sequence[str], path: Path) -> str:
+    runs = material.that_logged(conditions, "vqa_cross_entropy", "vqa_accuracy")
     if not runs:
         raise MissingDataError("no finished run logged vqa_cross_entropy or vqa_accuracy (vqa_steps, vqa_samples).")
     plot_vqa_over_seeds(runs, path)
+    meaning = {
+        "vqa_cross_entropy": "cross-entropy of the correct answers, lower is better, on a logarithmic scale where "
+        "conditions differ widely; a rising curve is forgetting.",
+        "vqa_accuracy": "accuracy of the generated answers; a falling curve is forgetting.",
+    }
     return (
-        "The same questions, asked again and again while the model learns to act. Left: cross-entropy of the correct "
-        "answers, lower is better. Right: accuracy of the generated answers. A rising left and a falling right "
-        f"curve is forgetting. The dotted line is the level before training. {_bands(runs)} With many conditions each "
-        "row shows a few of them, on the same scales; naive and AEGIS are repeated faintly for comparison. Weights "
-        "that are interpolated after training follow naive's curve until then."
+        "The same questions, asked again and again while the model learns to act. "
+        f"{_sides(runs, meaning)} The dotted line is the level before training. {_bands(runs)}{_rows(runs)}"
+        + (
+            " Weights that are interpolated after training follow naive's curve until then."
+            if "weight_interpolation" in runs
+            else ""
+        )
     )
 
 
-def _flow(material: Material, path: Path) -> str:
-    runs = material.that_logged("flow_mse", "eval_flow_mse")
+def _flow(material: Material, conditions: Sequence[str], path: Path) -> str:
+    runs = material.that_logged(conditions, "flow_mse", "eval_flow_mse")
     if not runs:
         raise MissingDataError("no finished run logged flow_mse or eval_flow_mse.")
     plot_flow_over_seeds(runs, path)
+    meaning = {
+        "flow_mse": "on the batches that are trained on; they scatter, so the running mean over neighbouring steps is "
+        "drawn over the faint curve itself.",
+        "eval_flow_mse": "on demonstrations that are never trained on.",
+    }
     return (
-        "Mean squared error of the predicted velocity, in normalised action units; lower is better. Left: on the "
-        "batches that are trained on; they scatter, so the running mean over neighbouring steps is drawn over the "
-        f"faint curve itself. Right: on demonstrations that are never trained on. {_bands(runs)} What a method for "
-        "keeping knowledge costs is how far it stays above naive here."
+        "Mean squared error of the predicted velocity, in normalised action units; lower is better. "
+        f"{_sides(runs, meaning)} {_bands(runs)}{_rows(runs)} What a method for keeping knowledge costs is how far it "
+        "stays above naive here."
+    )
+
+
+def _sides(runs: SeedRuns, meaning: Mapping[str, str]) -> str:
+    """What the drawn columns show: those of `meaning` that any run has logged."""
+    drawn = [meaning[key] for key in logged_curves(runs, meaning)]
+    if len(drawn) == 1:
+        return f"Shown: {drawn[0]}"
+    return " ".join(f"{side}: {text}" for side, text in zip(("Left", "Right"), drawn, strict=True))
+
+
+def _rows(runs: SeedRuns) -> str:
+    if len(condition_panels(runs)) == 1:
+        return ""
+    return (
+        " Each row shows a few of the conditions, on the same scales; naive and AEGIS are repeated faintly for "
+        "comparison."
     )
 
 
@@ -169,7 +174,8 @@ def _spectra(material: Material, path: Path) -> str:
         "Before training: singular values of the gradients of the VQA cross-entropy and of the flow loss, relative "
         "to the largest, one panel per decoder layer. A line that falls steeply is a gradient of few directions, a "
         f"flat one spreads over many. {_aggregation(spectra, name)} Values below 10⁻⁷ of the largest are rounding in "
-        "single precision and drawn at that level. ρ₁ is the share of the energy in the first direction."
+        "single precision and drawn at that level. ρ₁ is the share of the energy in the first direction"
+        f"{', with its standard deviation over runs' if len(spectra) > 1 else ''}."
     )
 
 
@@ -179,7 +185,8 @@ def _concentration(material: Material, path: Path) -> str:
     return (
         "The same gradients in one number per layer: the concentration ratio ρₖ = Σᵢ≤ₖ sᵢ² / Σᵢ sᵢ², the share of a "
         "gradient's energy that its k leading singular directions hold. Left k = 1, right 5 % of all directions; "
-        f"means over a layer's matrices. Higher is more concentrated. {_aggregation(spectra, name, mean=False)}"
+        f"means over a layer's matrices. Higher is more concentrated. Measured in {_measured(spectra, name)}"
+        f"{'; bars are one standard deviation over them to each side' if len(spectra) > 1 else ''}."
     )
 
 
@@ -190,15 +197,17 @@ def _read_spectra(material: Material) -> tuple[str, list[Any]]:
         raise MissingDataError("no finished run has analysis/gradient_spectra.json (analysis_samples).") from None
 
 
-def _aggregation(spectra: Sequence[Mapping[str, Any]], name: str, mean: bool = True) -> str:
-    runs = f"{len(spectra)} run{'s' if len(spectra) > 1 else ''} of the condition {name}"
-    samples = f"on {spectra[0]['samples']} samples each"
-    if not mean:
-        return f"Measured in {runs}, {samples}."
+def _aggregation(spectra: Sequence[Mapping[str, Any]], name: str) -> str:
+    bands = "; bands reach from the lowest to the highest run" if len(spectra) > 1 else ""
     return (
         "Lines are geometric means over a layer's weight matrices, at equal relative positions, and over "
-        f"{runs}, {samples}."
+        f"{_measured(spectra, name)}{bands}."
     )
+
+
+def _measured(spectra: Sequence[Mapping[str, Any]], name: str) -> str:
+    runs = f"{len(spectra)} run{'s' if len(spectra) > 1 else ''} of the condition {name}"
+    return f"{runs}, on {spectra[0]['samples']} samples each"
 
 
 def _drift(material: Material, path: Path) -> str:
@@ -225,8 +234,9 @@ def _drift(material: Material, path: Path) -> str:
     others = f" Of {len(seeds)} seeds the first {len(planes)} are shown." if len(seeds) > len(planes) else ""
     return (
         "Last hidden states on the same questions, each averaged over its prompt's tokens, before fine-tuning, after "
-        "naive fine-tuning and after AEGIS. The plane is spanned by the two mean displacements (Gram–Schmidt); where "
-        "both point the same way, the second axis is the first principal component of what remains. Large markers "
+        "naive fine-tuning and after AEGIS. The plane is spanned by the two mean displacements: naive's, and what of "
+        "AEGIS's is orthogonal to it; where nothing is, the second axis is the first principal component of what "
+        "remains of all displacements (principal residual). Large markers "
         "are means, arrows the mean displacements; one unit is the same in both directions. Percentages are the share "
         "of all squared displacements along that axis, so what is missing to 100 % happens outside the plane. "
         f"Length of the mean displacement: {lengths}.{others}"
@@ -241,11 +251,13 @@ def _projection(material: Material, name: str, path: Path) -> str:
     plot_projection_over_seeds(material.metrics.get(name, []), projections, path, name)
     reference = "a replayed batch of questions" if name == "a_gem" else "the transport penalty"
     return (
-        f"Above, over training steps: the share of parameter groups whose task gradient works against the gradient of "
-        f"{reference}; the share of gradient energy that the projection removes; the mean cosine of both gradients; "
-        f"and the loss behind the reference gradient, where it was logged. {_bands({name: projections})} Below: the "
-        "cosine of each group at each step, mean over seeds; brown is conflict, which is projected away, purple "
-        "agreement, which is left alone. A row that stays brown is a layer in lasting conflict."
+        f"Above, over training steps, as far as they were logged: the share of parameter groups whose task gradient "
+        f"works against the gradient of {reference}; the share of gradient energy that the projection removes; the "
+        "mean cosine of both gradients; and the loss behind the reference gradient. "
+        f"{_bands({name: projections})} Below: the cosine of each group at each step, mean over seeds; brown is "
+        "conflict, which is projected away, purple agreement, which is left alone, white neither, and grey a step "
+        "without a finite gradient. The colours end at the value that one cell in fifty exceeds. A row that stays "
+        "brown is a layer in lasting conflict."
     )
 
 
@@ -262,6 +274,7 @@ def _neurons(material: Material, path: Path) -> str:
         "zero is conflict. A distribution that is symmetric around zero means that the reference knows nothing of the "
         f"task, neuron by neuron. Counts of {len(histograms)} run{'s' if len(histograms) > 1 else ''} of {name}, each "
         f"at {steps} step{'s' if steps != 1 else ''}; up to one neuron in two thousand lies outside the axis."
+        f"{' Thin outlines are the single runs.' if len(histograms) > 1 else ''}"
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.reports import html_page as html
-from hf_aegis.reports.comparison_figures import Figure, Material, draw_figures
+from hf_aegis.reports.comparison_figures import Figure, draw_figures
 from hf_aegis.reports.diagnostics_table import PAPER_ROW, diagnostics_rows
-from hf_aegis.reports.results_table import COLUMNS, SETTINGS_FILE, Column, collect_results
+from hf_aegis.reports.figure_material import Material
+from hf_aegis.reports.results_table import COLUMNS, SETTINGS_FILE, Column, collect_results, measured_columns
 from hf_aegis.reports.run_logs import RunLogs, runs_by_condition
 from hf_aegis.reports.style import condition_order, condition_styles
 
@@ -17,9 +18,19 @@ from hf_aegis.reports.style import condition_order, condition_styles
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
 
-_BY_TYPE = "vqa_accuracy_by_type."
+# Of questions that have both, such as VQAv2's with its 65 types of question, the types of answer are the ones told.
+_BY_TYPE = ("vqa_accuracy_by_answer_type.", "vqa_accuracy_by_type.")
 _COST = ("step_ms", "peak_memory_mb", "trainable_parameters")
-_ANSWERS = ("vqa_cross_entropy", "vqa_accuracy", "vqa_accuracy_change")
+_ANSWERS = ("vqa_cross_entropy", "vqa_accuracy", "vqa_accuracy_change", "vqa_any_match")
+_ACTIONS = ("flow_mse", "action_mse", "fast_action_mse", "fast_decode_failures")
+_MEANINGS = {
+    "vqa_accuracy_change": "the change of the accuracy against the model before fine-tuning",
+    "vqa_any_match": "the share of answers that any annotator gave",
+    "flow_mse": "mean squared error of the velocity on held-out demonstrations",
+    "action_mse": "mean squared error of sampled action chunks there, in squared normalised units",
+    "fast_action_mse": "the same of the chunks that the FAST head generates",
+    "fast_decode_failures": "how many of those did not decode to a whole chunk",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -81,7 +92,9 @@ def _what_was_run(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]])
     settings = results["settings"]
     seeds = settings["seeds"]
     labels = _labels(logs)
+    model = next(iter(settings["conditions"].values())).get("model") or "embedded"
     facts = [
+        f"Model: {model}.",
         f"{len(results['runs'])} finished training runs of {len(logs)} conditions: {'; '.join(labels.values())}.",
         f"Seeds: {', '.join(map(str, seeds))}. With each seed all conditions have one start and see the same batches.",
     ]
@@ -119,20 +132,21 @@ def _what_was_run(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]])
 
 def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> list[str]:
     by_key = {column.key: column for column in COLUMNS}
-    known = {key for condition in results["conditions"].values() for key in condition["measures"]}
-    types = sorted(key for key in known | (results["before"] or {}).keys() if key.startswith(_BY_TYPE))
-    by_type = [Column(key, f"{key.removeprefix(_BY_TYPE)} (%)", ".1f", 100) for key in types]
-    answers = [by_key[key] for key in _ANSWERS] + by_type + [by_key["flow_mse"]]
+    answers, actions, cost = (
+        measured_columns(results, [by_key[key] for key in keys]) for keys in (_ANSWERS, _ACTIONS, _COST)
+    )
+    of_types = _by_type(results)
+    meanings = [_MEANINGS[column.key] for column in (*answers, *actions) if column.key in _MEANINGS]
     blocks = [
         html.heading("Results", anchor="results"),
-        html.table(*_table(results, logs, answers)),
+        html.table(*_table(results, logs, [*answers, *of_types, *actions])),
         html.paragraph(
-            "After training: cross-entropy and accuracy on the final questions, accuracy by type of "
-            "question, and mean squared error of the velocity on held-out demonstrations. Mean ± standard deviation "
-            "(n − 1) over seeds; a single seed has none. –: not measured."
+            f"After training: cross-entropy (CE) and accuracy on the final questions; {'; '.join(meanings)}."
+            f"{' Named columns are the accuracy by type of question or answer.' if of_types else ''} Mean ± standard "
+            "deviation (n − 1) over seeds; a single seed has none. –: not measured."
         ),
     ]
-    if cost := [by_key[key] for key in _COST if key in known]:
+    if cost:
         jobs = (results["machine"] or {}).get("jobs", 1)
         beside = f" Steps were timed with {jobs} processes side by side on one machine." if jobs > 1 else ""
         blocks += [
@@ -141,6 +155,16 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
             html.paragraph(f"Median time of a training step, peak memory, and parameters that train.{beside}"),
         ]
     return blocks
+
+
+def _by_type(results: Mapping[str, Any]) -> list[Column]:
+    """Columns of the accuracy by type of answer, or else of question."""
+    known = {key for condition in results["conditions"].values() for key in condition["measures"]}
+    known |= (results["before"] or {}).keys()
+    for prefix in _BY_TYPE:
+        if found := sorted(key for key in known if key.startswith(prefix)):
+            return [Column(key, f"{key.removeprefix(prefix)} (%)", ".1f", 100) for key in found]
+    return []
 
 
 def _table(

@@ -21,12 +21,14 @@ class DriftPlane:
         points (`dict[str, np.ndarray]`): Coordinates `(N, 2)` of `pretrained`, `naive` and `aegis`, the same samples.
         shares (`tuple[float, float]`): Each axis' share of all squared displacements from the base model.
         drifts (`dict[str, float]`): Length of the mean displacement of `naive` and of `aegis`.
-        second_axis (`str`): Where the second axis comes from: `"aegis"`, or `"residual"` where both drift alike.
+        first_axis (`str`): Whose mean displacement the first axis is: `"naive"`, or `"aegis"` where naive has none.
+        second_axis (`str`): Where the second axis comes from: `"aegis"`, or `"residual"` where that leaves nothing.
     """
 
     points: dict[str, np.ndarray]
     shares: tuple[float, float]
     drifts: dict[str, float]
+    first_axis: str
     second_axis: str
 
 
@@ -35,7 +37,8 @@ def drift_plane(base: np.ndarray, naive: np.ndarray, aegis: np.ndarray) -> Drift
     The plane spanned by the mean displacements from the base model to the naive and to the AEGIS model.
 
     The first axis is naive's mean displacement; the second what Gram–Schmidt leaves of AEGIS's. Where both drift in
-    one direction the second axis is the first principal component of what the displacements do beside the first.
+    one direction, or one of them does not drift, the second axis is the first principal component of what the
+    displacements do orthogonally to the first.
 
     Args:
         base, naive, aegis (`np.ndarray` of shape `(N, D)`): Hidden states of the same samples.
@@ -50,16 +53,18 @@ def drift_plane(base: np.ndarray, naive: np.ndarray, aegis: np.ndarray) -> Drift
     drifts = {name: float(np.linalg.norm(mean)) for name, mean in means.items()}
     if max(drifts.values()) == 0:
         raise ValueError("the hidden states of neither model have moved")
-    first = means["naive"] / drifts["naive"] if drifts["naive"] else means["aegis"] / drifts["aegis"]
-    left = means["aegis"] - (means["aegis"] @ first) * first
+    first_axis = "naive" if drifts["naive"] else "aegis"
+    first = means[first_axis] / drifts[first_axis]
+    left = _orthogonal(means["aegis"], first)
     second_axis = "aegis"
-    if np.linalg.norm(left) <= _PARALLEL * max(drifts.values()):
+    if np.linalg.norm(left) <= _PARALLEL * drifts["aegis"]:
         second_axis = "residual"
         stacked = np.concatenate(list(displacements.values()))
         beside = stacked - np.outer(stacked @ first, first)
-        left = np.linalg.svd(beside - beside.mean(axis=0), full_matrices=False)[2][0]
-        # A principal component of nothing may point anywhere.
-        left = left - (left @ first) * first
+        left = _orthogonal(np.linalg.svd(beside - beside.mean(axis=0), full_matrices=False)[2][0], first)
+        # A principal component of nothing may point anywhere, even along the first axis.
+        if np.linalg.norm(left) < 0.5:
+            left = _orthogonal(np.eye(len(first))[np.abs(first).argmin()], first)
     second = left / np.linalg.norm(left)
     axes = np.stack([first, second])
     energy = sum(float(np.square(moved).sum()) for moved in displacements.values())
@@ -67,7 +72,12 @@ def drift_plane(base: np.ndarray, naive: np.ndarray, aegis: np.ndarray) -> Drift
     origin = base.mean(axis=0)
     points = {name: (states - origin) @ axes.T for name, states in (("naive", naive), ("aegis", aegis))}
     points = {"pretrained": (base - origin) @ axes.T, **points}
-    return DriftPlane(points, (float(along[0] / energy), float(along[1] / energy)), drifts, second_axis)
+    return DriftPlane(points, (float(along[0] / energy), float(along[1] / energy)), drifts, first_axis, second_axis)
+
+
+def _orthogonal(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """What is left of a vector `(D,)` without its part along an axis of length one `(D,)`."""
+    return vector - (vector @ axis) * axis
 
 
 def plot_drift(planes: dict[int, DriftPlane], path: Path) -> None:
@@ -97,8 +107,9 @@ def plot_drift(planes: dict[int, DriftPlane], path: Path) -> None:
                 ring = {"s": 70, "edgecolors": "white", "linewidths": 1.2, "zorder": 5}
                 axis.scatter(*centroid, color=look["color"], marker=look["marker"] or "s", **ring)
             axis.set_aspect("equal", adjustable="datalim")
-            second = "AEGIS drift beside it" if plane.second_axis == "aegis" else "principal residual"
-            axis.set_xlabel(f"naive drift ({100 * plane.shares[0]:.0f} %)")
+            first = CONDITION_STYLES[plane.first_axis]["label"]
+            second = "AEGIS's drift,\northogonal to naive's" if plane.second_axis == "aegis" else "principal residual"
+            axis.set_xlabel(f"{first}'s drift ({100 * plane.shares[0]:.0f} %)")
             axis.set_ylabel(f"{second} ({100 * plane.shares[1]:.0f} %)")
             axis.set_title(f"seed {seed}", fontsize=11)
         legend = figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

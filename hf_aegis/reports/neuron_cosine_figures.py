@@ -27,8 +27,13 @@ def summed_counts(histograms: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, 
 
 
 def plot_neuron_cosines(histograms: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The distribution over all neurons, the same for each group as a map, and each group's share in conflict."""
+    """
+    The distribution over all neurons, of each run as a thin outline and of all together, the same for each group as a
+    map, and each group's share in conflict.
+    """
     edges, groups, counts = summed_counts(histograms)
+    totals = [summed_counts([histogram])[2].sum(axis=0) for histogram in histograms]
+    totals = [total for total in totals if total.any()]
     centres = (edges[:-1] + edges[1:]) / 2
     total = counts.sum(axis=0)
     of_group = counts.sum(axis=1, keepdims=True)
@@ -36,6 +41,8 @@ def plot_neuron_cosines(histograms: Sequence[Mapping[str, Any]], path: Path) -> 
     # All but one neuron in two thousand are shown.
     reach = np.cumsum(total) / total.sum()
     limit = max(abs(centres[np.searchsorted(reach, 0.00025)]), abs(centres[np.searchsorted(reach, 0.99975)]), 0.05)
+    # So near to the end there is no reason not to show it.
+    limit = 1.0 if limit > 0.95 else limit
     color = CONDITION_STYLES["aegis"]["color"]
     map_height = max(1.9, 0.19 * len(groups) + 0.6)
     with figure_style() as pyplot:
@@ -44,10 +51,12 @@ def plot_neuron_cosines(histograms: Sequence[Mapping[str, Any]], path: Path) -> 
         )
         percent = 100 * total / total.sum()
         overall.stairs(percent, edges, fill=True, color=color, alpha=0.25)
+        for of_run in totals if len(totals) > 1 else ():
+            overall.stairs(100 * of_run / of_run.sum(), edges, color=color, alpha=0.5, linewidth=0.6)
         overall.stairs(percent, edges, color=color, linewidth=1.5)
         overall.axvline(0, color="black", linewidth=0.8)
         overall.set_ylabel("neurons (%)")
-        overall.set_title(f"all neurons: {percent[_negative(edges)].sum():.1f} % in conflict", fontsize=11, loc="left")
+        overall.set_title(f"all neurons: {_in_conflict(totals, edges)} in conflict", fontsize=11, loc="left")
         rows = np.arange(len(groups) + 1) - 0.5
         image = by_group.pcolormesh(edges, rows, shares, cmap="Blues", rasterized=True)
         by_group.axvline(0, color="black", linewidth=0.8)
@@ -66,6 +75,13 @@ def plot_neuron_cosines(histograms: Sequence[Mapping[str, Any]], path: Path) -> 
         figure.colorbar(image, ax=[by_group, beside], location="bottom", aspect=50, label="neurons of the group (%)")
         figure.savefig(path, format="png")
         pyplot.close(figure)
+
+
+def _in_conflict(totals: Sequence[np.ndarray], edges: np.ndarray) -> str:
+    """Share of neurons with a negative cosine, over all runs, and from which run's to which run's it is."""
+    shares = [100 * total[_negative(edges)].sum() / total.sum() for total in (np.sum(totals, axis=0), *totals)]
+    text = f"{shares[0]:.1f} %"
+    return text if len(totals) == 1 else f"{text} ({min(shares[1:]):.1f} to {max(shares[1:]):.1f} % by run)"
 
 
 def _negative(edges: np.ndarray) -> np.ndarray:

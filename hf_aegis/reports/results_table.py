@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.reports.machine_paths import without_machine_paths
 
 
 SETTINGS_FILE = "compare.json"
@@ -60,7 +61,11 @@ COLUMNS = (
     Column("vqa_cross_entropy", "VQA CE (nats/token)", ".3f"),
     Column("vqa_accuracy", "VQA accuracy (%)", ".1f", 100),
     Column("vqa_accuracy_change", "change (points)", "+.1f", 100),
+    Column("vqa_any_match", "any-match (%)", ".1f", 100),
     Column("flow_mse", "held-out flow MSE", ".4f"),
+    Column("action_mse", "open-loop action MSE", ".4f"),
+    Column("fast_action_mse", "FAST open-loop action MSE", ".4f"),
+    Column("fast_decode_failures", "FAST chunks not decodable", ".0f"),
     Column("step_ms", "step (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
@@ -78,7 +83,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
         (`vqa_accuracy_by_type.color` for a nested one), and `vqa_accuracy_change` against the model before training;
         `conditions`, by name the number of finished `runs` and, in `measures`, `mean`, `std` (divisor n − 1; `None`
         for a single value) and `n` of each; `before`, the scores of the model before training, or `None`; `failed`,
-        the runs that ended with an error; and `date`, `command`, `machine`, `versions` and `settings`.
+        the runs that ended with an error; and `date`, `command`, `machine`, `versions` and `settings`. Paths in texts
+        say nothing about the machine.
 
     Raises:
         OSError: If the folder holds no comparison.
@@ -106,28 +112,35 @@ def collect_results(folder: Path) -> dict[str, Any]:
     failures = _read(folder / FAILURES_FILE) if (folder / FAILURES_FILE).exists() else []
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": settings.get("command"),
+        "command": without_machine_paths(settings.get("command")),
         "machine": settings.get("machine"),
         # One entry, unless packages changed between runs.
         "versions": versions,
         "before": before,
         "conditions": conditions,
         "runs": runs,
-        "failed": failures,
-        "settings": settings,
+        "failed": without_machine_paths(failures),
+        "settings": without_machine_paths(settings),
     }
+
+
+def measured_columns(results: Mapping[str, Any], columns: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Those of `columns` that any condition, or the model before training, has."""
+    keys = {key for condition in results["conditions"].values() for key in condition["measures"]}
+    return [column for column in columns if column.key in keys | (results["before"] or {}).keys()]
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The aggregates as a Markdown table, one row per condition, and below it what to know when reading it."""
     planned = len(results["settings"]["seeds"])
-    rows = [["condition", "seeds", *(column.header for column in COLUMNS)]]
+    columns = measured_columns(results)
+    rows = [["condition", "seeds", *(column.header for column in columns)]]
     if before := results["before"]:
         single = {key: {"mean": value, "std": None, "n": 1} for key, value in before.items() if key != "fingerprint"}
-        rows.append(["before fine-tuning", _MISSING, *(column.cell(single.get(column.key), 1) for column in COLUMNS)])
+        rows.append(["before fine-tuning", _MISSING, *(column.cell(single.get(column.key), 1) for column in columns)])
     for name, condition in results["conditions"].items():
         runs = condition["runs"]
-        cells = (column.cell(condition["measures"].get(column.key), runs) for column in COLUMNS)
+        cells = (column.cell(condition["measures"].get(column.key), runs) for column in columns)
         rows.append([name, str(runs) if runs == planned else f"{runs} of {planned}", *cells])
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     notes = [f"Mean ± standard deviation (n − 1) over seeds; {_MISSING}: not measured."]
@@ -155,17 +168,27 @@ def write_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _before(path: Path) -> dict[str, Any] | None:
-    """The output of `hf-aegis eval-vqa` under the names that a run's result has."""
-    if not path.exists():
-        return None
+def pretrained_scores(path: Path) -> dict[str, Any]:
+    """The output of `hf-aegis eval-vqa` under the names that a run's `result.json` has."""
     scores = _read(path)
-    return {
+    found = {
         "vqa_cross_entropy": scores["cross_entropy"],
         "vqa_accuracy": scores["accuracy"],
-        **{f"vqa_accuracy_by_type.{name}": score["accuracy"] for name, score in scores["by_type"].items()},
-        "fingerprint": scores.get("fingerprint"),
+        "vqa_any_match": scores.get("any_match"),
+        "vqa_accuracy_by_type": _accuracies(scores["by_type"]),
+        "vqa_accuracy_by_answer_type": _accuracies(scores.get("by_answer_type", {})),
     }
+    return {key: value for key, value in found.items() if value not in (None, {})}
+
+
+def _accuracies(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: score["accuracy"] for name, score in scores.items()}
+
+
+def _before(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    return {**_flat(pretrained_scores(path)), "fingerprint": _read(path).get("fingerprint")}
 
 
 def _same_questions(result: Mapping[str, Any], before: Mapping[str, Any] | None, path: Path, asked: Path) -> None:
@@ -180,14 +203,18 @@ def _same_questions(result: Mapping[str, Any], before: Mapping[str, Any] | None,
 
 def _numbers(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, float | None]:
     """The numbers of a result, flat. `None` stands for one that was not finite."""
-    flat: dict[str, Any] = {}
-    for key, value in result.items():
-        if key not in _ABOUT_THE_RUN:
-            flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    flat = _flat({key: value for key, value in result.items() if key not in _ABOUT_THE_RUN})
     numbers = {key: value for key, value in flat.items() if value is None or type(value) in (int, float)}
     if before is not None and numbers.get("vqa_accuracy") is not None:
         numbers["vqa_accuracy_change"] = numbers["vqa_accuracy"] - before["vqa_accuracy"]
     return numbers
+
+
+def _flat(measures: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in measures.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def _keys(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -27,7 +27,6 @@ _PANELS: dict[str, dict[str, str]] = {
         "ewc": "EWC",
         "l2sp": "L2-SP",
         "feature_distillation": "feature distillation",
-        "transport_loss": "transport loss",
     },
     "replayed VQA data": {
         "a_gem": "A-GEM",
@@ -45,15 +44,20 @@ _PANELS: dict[str, dict[str, str]] = {
         "aegis_image_tokens": "AEGIS, image tokens",
         "aegis_text_tokens": "AEGIS, text tokens",
     },
-    "AEGIS: its anchor and damping": {
+    "AEGIS: its anchor": {
         "aegis_pooled": "AEGIS, pooled anchor",
         "aegis_50_samples": "AEGIS, 50-sample anchor",
         "aegis_300_samples": "AEGIS, 300-sample anchor",
+    },
+    "AEGIS: damped, or its penalty as a loss": {
+        "aegis_eps_10": "AEGIS, ε 10",
         "aegis_eps": "AEGIS, large ε",
+        "transport_loss": "transport loss, × 1",
+        "transport_loss_10": "transport loss, × 10",
     },
 }
-_ABLATIONS = {name for title, members in _PANELS.items() if title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>p", "hP*d", "8H", "D*sv", "^dP8")
+_METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
+_MARKERS = ("s^D", "v<>", "hP*d", "8H", "D*sv", "^dP", "P>v8")
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {
@@ -85,7 +89,8 @@ def condition_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             continue
         turn = unknown % len(_OTHERS)
         look = {"color": _OTHERS[turn], "linestyle": _LINES[turn], "marker": "s^Dv<>ph"[unknown % 8]}
-        styles[name] = {**look, "label": name.replace("_", " ")}
+        label = name.removeprefix("aegis_") if is_variant(name) else name
+        styles[name] = {**look, "label": ("AEGIS, " if label != name else "") + label.replace("_", " ")}
         unknown += 1
     return styles
 
@@ -96,6 +101,11 @@ def condition_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def is_variant(name: str) -> bool:
+    """Whether a condition is AEGIS with one part changed, known here or not, rather than another method."""
+    return name.startswith(("aegis_", "transport_loss")) and name not in _METHODS
+
+
 def condition_panels(names: Iterable[str]) -> list[Panel]:
     """Distributes conditions over panels, as few of them in one as can be told apart."""
     ordered = condition_order(names)
@@ -104,8 +114,14 @@ def condition_panels(names: Iterable[str]) -> list[Panel]:
         return [Panel("", ordered, [])]
     groups = {title: [name for name in ordered if name in members] for title, members in _PANELS.items()}
     unknown = [name for name in ordered if name not in CONDITION_STYLES]
-    for start in range(0, len(unknown), len(_OTHERS)):
-        groups["others" + (f", {start // len(_OTHERS) + 1}" if start else "")] = unknown[start : start + len(_OTHERS)]
+    variants = [name for name in unknown if is_variant(name)]
+    for title, members in (
+        ("AEGIS: other variants", variants),
+        ("others", [name for name in unknown if name not in variants]),
+    ):
+        for start in range(0, len(members), len(_OTHERS)):
+            number = f", {start // len(_OTHERS) + 1}" if start else ""
+            groups[title + number] = members[start : start + len(_OTHERS)]
     panels = [Panel(title, members, references) for title, members in groups.items() if members]
     first = panels[0]
     if first.title == next(iter(_PANELS)):
@@ -116,11 +132,17 @@ def condition_panels(names: Iterable[str]) -> list[Panel]:
 
 
 def split_ablations(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The conditions that are methods, and variants of AEGIS together with the two references."""
+    """
+    The conditions that are methods, and the variants of AEGIS; naive and AEGIS itself are among both, but for methods
+    of which there would be no other.
+    """
     ordered = condition_order(names)
-    ablations = [name for name in ordered if name in _ABLATIONS]
-    methods = [name for name in ordered if name not in _ABLATIONS]
-    return methods, [*(name for name in ordered if name in REFERENCES), *ablations] if ablations else []
+    variants = [name for name in ordered if is_variant(name)]
+    methods = [name for name in ordered if name not in variants]
+    if not variants:
+        return methods, []
+    references = [name for name in methods if name in REFERENCES]
+    return [] if methods == references else methods, [*references, *variants]
 
 
 def group_order(groups: Iterable[str]) -> list[str]:
@@ -138,6 +160,17 @@ def group_labels(groups: Sequence[str]) -> list[str]:
     return [group.replace("layers.", "layer ").replace("multi_modal_", "").replace("_", " ") for group in groups]
 
 
+def require_matplotlib() -> None:
+    """
+    Raises:
+        ImportError: If figures cannot be drawn; to be known before the training that they are to show.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "hf-aegis[demo]"') from error
+
+
 @contextmanager
 def figure_style() -> Iterator[Any]:
     """
@@ -146,10 +179,9 @@ def figure_style() -> Iterator[Any]:
     Raises:
         ImportError: If matplotlib is not installed; it comes with the extra `demo`.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "hf-aegis[demo]"') from error
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -22,7 +22,6 @@ OUTCOMES = {
     "ewc": (0.12, 0.95, 0.338),
     "l2sp": (0.20, 0.92, 0.336),
     "feature_distillation": (0.15, 0.94, 0.340),
-    "transport_loss": (0.25, 0.90, 0.334),
     "a_gem": (0.11, 0.957, 0.333),
     "pcgrad": (0.10, 0.960, 0.334),
     "graddrop": (0.30, 0.89, 0.339),
@@ -37,9 +36,15 @@ ABLATIONS = {
     "aegis_pooled": (0.85, 0.71, 0.327),
     "aegis_50_samples": (0.95, 0.69, 0.331),
     "aegis_300_samples": (0.86, 0.715, 0.3285),
+    "aegis_eps_10": (0.9, 0.70, 0.328),
     "aegis_eps": (1.2, 0.64, 0.331),
+    "transport_loss": (0.25, 0.90, 0.334),
+    "transport_loss_10": (0.10, 0.96, 0.337),
 }
-PROJECTED = ("aegis", "aegis_lora", "a_gem", "pcgrad", "graddrop", *ABLATIONS)
+PROJECTED = (
+    *("aegis", "aegis_lora", "a_gem", "pcgrad", "graddrop"),
+    *(name for name in ABLATIONS if name.startswith("aegis")),
+)
 STEPS = 120
 BEFORE = {"cross_entropy": 0.007, "accuracy": 0.997}
 TYPES = ("color", "shape", "yes/no")

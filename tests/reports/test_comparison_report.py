@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 from PIL import Image
 
 from hf_aegis.cli import main
@@ -59,6 +61,36 @@ class Page(HTMLParser):
         self.text += data
 
 
+def without_data(axis):
+    """Whether an axis is shown on which there is nothing finite."""
+    place = axis.get_position().bounds
+    twin = any(other is not axis and other.get_position().bounds == place for other in axis.figure.axes)
+    if not axis.axison or not axis.get_visible() or twin:
+        return False
+    # Levels across the whole axis are no data of it.
+    values = [line.get_ydata() for line in axis.lines if line.get_transform() == axis.transData]
+    values += [image.get_array() for image in (*axis.images, *axis.collections)]
+    values += [collection.get_offsets() for collection in axis.collections]
+    values += [patch.get_data().values for patch in axis.patches if isinstance(patch, StepPatch)]
+    filled = (np.ma.filled(np.ma.asarray(found, dtype=float), np.nan) for found in values if found is not None)
+    return not any(np.isfinite(found).any() for found in filled)
+
+
+@pytest.fixture(scope="module")
+def empty_axes():
+    """Figure and label of the axes without data among all that are written."""
+    found = []
+    save = Figure.savefig
+
+    def noting(self, path, **settings):
+        save(self, path, **settings)
+        found.extend((path.name, axis.get_ylabel()) for axis in self.axes if without_data(axis))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", noting)
+        yield found
+
+
 def drawn(folder):
     for path in (folder / "figures").iterdir():
         with Image.open(path) as image:
@@ -71,14 +103,26 @@ def drawn(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, write_comparison):
+def whole(tmp_path_factory, write_comparison, empty_axes):
     folder = write_comparison(tmp_path_factory.mktemp("whole"), FEW, layers=2)
+    # As in the shipped recipes, which measure it at the end.
+    for path in folder.glob("runs/*/*/metrics.jsonl"):
+        path.write_text(re.sub(r', "vqa_accuracy": [^,}]*', "", path.read_text()))
     assert write_report(folder) == folder / "report.html"
     return folder
 
 
 def test_all_figures_are_drawn(whole):
     assert drawn(whole) == sorted(EVERYTHING)
+
+
+def test_no_axis_is_empty_or_explained(whole, empty_axes):
+    assert empty_axes == []
+    text = Page((whole / "report.html").read_text()).text
+    assert "Shown: cross-entropy of the correct answers" in text
+    assert "accuracy of the generated answers" not in text
+    # Of the flow's figure, which has both.
+    assert "Left: on the batches that are trained on" in text
 
 
 def test_the_page_is_whole_and_loads_nothing(whole):
@@ -103,6 +147,7 @@ def test_the_page_tells_what_was_run_and_measured(whole):
     page = Page((whole / "report.html").read_text())
     assert "12 finished training runs of 4 conditions" in page.text
     assert "Seeds: 0, 1, 2." in page.text
+    assert "Model: embedded." in page.text
     assert "answers 99.7 % of the final questions" in page.text
     assert "hf-aegis compare --config comparison.yaml" in page.text
     assert "VQA accuracy (%)" in page.text
@@ -174,3 +219,29 @@ def test_the_command_says_where_the_page_is(tmp_path, write_comparison, capsys):
     folder = write_comparison(tmp_path, {"naive": FEW["naive"]}, seeds=(0,), layers=1, analyses=False)
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+
+def test_variants_of_aegis_have_figures_of_their_own(tmp_path, write_comparison):
+    outcomes = dict.fromkeys(("aegis", "transport_loss", "transport_loss_10", "aegis_eps"), FEW["aegis"])
+    folder = write_comparison(tmp_path, {"naive": FEW["naive"], **outcomes}, seeds=(0,), layers=1, analyses=False)
+    write_report(folder)
+    ablations = ["flow_ablations", "trade_off_ablations", "vqa_ablations"]
+    assert drawn(folder) == sorted([*ablations, "projection_aegis"])
+    # A figure of methods without any would show naive and AEGIS once more.
+    text = Page((folder / "report.html").read_text()).text
+    assert "Retention against plasticity: variants of AEGIS" in text
+    assert "Retention against plasticity:" not in text[text.index("What is missing") :]
+
+
+def test_types_of_answer_are_told_rather_than_of_question(tmp_path, write_comparison):
+    folder = write_comparison(tmp_path, {"naive": FEW["naive"]}, seeds=(0,), layers=1, analyses=False)
+    path = folder / "runs/naive/seed_0/result.json"
+    result = json.loads(path.read_text()) | {"vqa_accuracy_by_answer_type": {"number": 0.25}, "action_mse": 0.125}
+    path.write_text(json.dumps(result))
+    write_report(folder)
+    text = Page((folder / "report.html").read_text()).text
+    assert "number (%)" in text
+    assert "shape (%)" not in text
+    assert "open-loop action MSE" in text
+    assert "mean squared error of sampled action chunks" in text
+    assert "FAST head" not in text

@@ -19,3 +19,5 @@ def test_mean_and_range_over_steps_and_seeds():
     assert cells["transport penalty"] == cells["cosine"] == "–"
     assert [row[0] for row in rows] == ["AEGIS", "A-GEM", PAPER_ROW]
     assert all(len(row) == len(header) for row in rows)
+    # Neither seeds nor passes are in the paper.
+    assert rows[-1][1:3] == ["–", "1,500 steps"]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_aegis.reports.drift_plane import drift_plane
+from hf_aegis.reports.drift_plane import drift_plane, plot_drift
 
 
 def along(*components):
@@ -46,10 +46,45 @@ def test_parallel_drifts_get_the_leading_residual_as_second_axis(base):
 
 def test_one_model_that_did_not_move_still_has_a_plane(base):
     naive = base + along(0, 1) + np.random.default_rng(2).normal(0, 0.1, base.shape)
-    for pair in ((naive, base), (base, naive)):
+    for pair, moved in (((naive, base), "naive"), ((base, naive), "aegis")):
         plane = drift_plane(base, *pair)
         assert all(np.isfinite(points).all() for points in plane.points.values())
         assert plane.shares[0] > 0.9
+        assert (plane.first_axis, plane.second_axis) == (moved, "residual")
+
+
+@pytest.mark.parametrize("axis", range(6))
+def test_a_drift_without_any_residual_still_has_a_plane(base, axis):
+    # All samples move alike and along one direction, whichever it is.
+    moved = base + 2 * np.eye(6)[axis]
+    plane = drift_plane(base, moved, base)
+    np.testing.assert_allclose(plane.points["naive"] - plane.points["pretrained"], [[2, 0]] * len(base), atol=1e-9)
+    assert plane.shares == (pytest.approx(1), pytest.approx(0))
+
+
+def test_a_small_drift_of_its_own_is_a_direction(base):
+    # Short beside naive's, but all of AEGIS's.
+    plane = drift_plane(base, base + along(1000), base + along(0, 1))
+    assert plane.second_axis == "aegis"
+
+
+def test_axes_say_what_they_are(base, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    labels = []
+    for name in ("set_xlabel", "set_ylabel"):
+        set_label = getattr(Axes, name)
+        monkeypatch.setattr(
+            Axes, name, lambda self, text, set_label=set_label, **k: labels.append(text) or set_label(self, text, **k)
+        )
+    planes = {0: drift_plane(base, base + along(3), base + along(0, 4)), 1: drift_plane(base, base, base + along(3))}
+    plot_drift(planes, tmp_path / "drift.png")
+    assert labels == [
+        "naive's drift (36 %)",
+        "AEGIS's drift,\northogonal to naive's (64 %)",
+        "AEGIS's drift (100 %)",
+        "principal residual (0 %)",
+    ]
 
 
 def test_no_drift_and_other_samples_are_refused(base):

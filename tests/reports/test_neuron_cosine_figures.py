@@ -39,3 +39,20 @@ def test_conflict_is_what_lies_below_zero(tmp_path, monkeypatch):
     plot_neuron_cosines([silent], tmp_path / "neurons.png")
     assert titles == ["all neurons: 30.0 % in conflict"]
     assert ["30.0 %", "0.0 %"] in ticks
+
+
+def test_each_run_has_an_outline_and_a_share(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    titles, outlines = [], []
+    title, stairs = Axes.set_title, Axes.stairs
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **k: titles.append(text) or title(self, text, **k))
+    monkeypatch.setattr(
+        Axes, "stairs", lambda self, values, *a, **k: outlines.append(values.tolist()) or stairs(self, values, *a, **k)
+    )
+    runs = [{"edges": EDGES, "counts": {"layers.0": counts}} for counts in ([1, 0, 1, 2], [2, 1, 1, 0], [0, 0, 0, 0])]
+    plot_neuron_cosines(runs, tmp_path / "neurons.png")
+    assert titles == ["all neurons: 50.0 % (25.0 to 75.0 % by run) in conflict"]
+    # Filled and outlined for all, and outlined for the runs that counted.
+    together = [37.5, 12.5, 25.0, 25.0]
+    assert outlines == [together, [25.0, 0, 25.0, 50.0], [50.0, 25.0, 25.0, 0], together]

@@ -2,10 +2,18 @@
 
 import csv
 import json
+import re
 
 import pytest
 
-from hf_aegis.reports.results_table import collect_results, csv_table, markdown_table, write_results
+from hf_aegis.reports.results_table import (
+    RESULT_FILES,
+    collect_results,
+    csv_table,
+    markdown_table,
+    pretrained_scores,
+    write_results,
+)
 
 
 VERSIONS = {"torch": "2.15", "hf-aegis": "0.1"}
@@ -167,3 +175,43 @@ def test_scores_on_other_questions_are_refused(tmp_path):
 def test_a_folder_without_a_comparison_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"compare\.json"):
         collect_results(tmp_path)
+
+
+def test_columns_are_those_that_were_measured(tmp_path):
+    fast = {"vqa_accuracy": 0.9, "action_mse": 0.3, "fast_action_mse": None, "fast_decode_failures": 256}
+    folder = comparison(tmp_path, {"naive": {0: {"vqa_accuracy": 0.5, "action_mse": 0.25}}, "fast": {0: fast}})
+    text = markdown_table(collect_results(folder))
+    naive, found = row(text, "naive"), row(text, "fast")
+    assert "step (ms)" not in naive
+    assert (naive["open-loop action MSE"], naive["FAST open-loop action MSE"]) == ("0.2500", "–")
+    # Nothing decoded: a number that could not be measured, and says why.
+    assert (found["FAST open-loop action MSE"], found["FAST chunks not decodable"]) == ("–", "256")
+
+
+def test_any_match_is_read_of_both(tmp_path):
+    folder = comparison(tmp_path, {"naive": {0: {"vqa_any_match": 0.75, "vqa_any_match_interval": [0.7, 0.8]}}})
+    scores = json.loads((folder / "pretrained.json").read_text())
+    scores |= {"any_match": 0.95, "by_answer_type": {"number": {"accuracy": 0.5, "count": 2}}}
+    (folder / "pretrained.json").write_text(json.dumps(scores))
+    results = collect_results(folder)
+    text = markdown_table(results)
+    assert (row(text, "naive")["any-match (%)"], row(text, "before fine-tuning")["any-match (%)"]) == ("75.0", "95.0")
+    assert results["before"]["vqa_accuracy_by_answer_type.number"] == 0.5
+    assert pretrained_scores(folder / "pretrained.json")["vqa_accuracy_by_type"] == {"color": 0.7}
+
+
+def test_no_machine_is_told_of(tmp_path):
+    failure = {"condition": "naive", "seed": 1, "error": "no /data/a.hdf5 (all of it in /home/me/logs/naive.log)"}
+    folder = comparison(tmp_path, {"naive": {0: {"flow_mse": 0.25}}}, failures=[failure])
+    settings = json.loads((folder / "compare.json").read_text())
+    settings |= {
+        "command": f"hf-aegis compare --output_dir {tmp_path}",
+        "conditions": {"naive": {"model": "/data/vlm"}},
+    }
+    (folder / "compare.json").write_text(json.dumps(settings))
+    write_results(folder)
+    for name in RESULT_FILES:
+        text = (folder / name).read_text()
+        assert not re.search(r"(/data|/home|/tmp)\b", text)
+        assert str(tmp_path) not in text
+    assert "all of it in naive.log" in (folder / "results.md").read_text()

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from hf_aegis.reports.style import (
     CONDITION_STYLES,
@@ -62,6 +65,33 @@ def test_variants_of_aegis_are_set_apart():
         ["naive", "aegis", "aegis_eps"],
     )
     assert split_ablations(["naive", "ewc"]) == (["naive", "ewc"], [])
+
+
+def test_ablations_alone_are_all_together():
+    names = ["naive", "aegis", "aegis_mine", "aegis_global", "aegis_eps", "transport_loss", "transport_loss_10"]
+    methods, ablations = split_ablations(names)
+    assert methods == []
+    assert sorted(ablations) == sorted(names)
+    panels = {panel.title: panel.conditions for panel in condition_panels([*names, "mine"])}
+    assert panels == {
+        "naive and AEGIS": ["naive", "aegis"],
+        "AEGIS: what is projected": ["aegis_global"],
+        "AEGIS: damped, or its penalty as a loss": ["aegis_eps", "transport_loss", "transport_loss_10"],
+        "AEGIS: other variants": ["aegis_mine"],
+        "others": ["mine"],
+    }
+    assert condition_styles(["aegis_mine"])["aegis_mine"]["label"] == "AEGIS, mine"
+    # AEGIS with LoRA is a method of its own.
+    assert "AEGIS: other variants" not in {panel.title for panel in condition_panels(["aegis_lora", *names[:3]])}
+
+
+@pytest.mark.parametrize("recipe", ["compare_embedded", "ablations_embedded"])
+def test_conditions_of_shipped_comparisons_have_looks(recipe):
+    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
+    names = yaml.safe_load(path.read_text())["conditions"].keys()
+    assert names <= set(NAMES)
+    methods, ablations = split_ablations(names)
+    assert not (methods and ablations)
 
 
 def test_orders_are_those_of_the_tables():

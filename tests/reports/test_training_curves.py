@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_aegis.reports import training_curves
 from hf_aegis.reports.style import CONDITION_STYLES
@@ -81,3 +83,62 @@ def test_a_replayed_reference_shows_its_own_loss(tmp_path, lines):
     metrics = [{"step": 1, "throttle_rate": 0.5, "replay_loss": 0.125}]
     training_curves.plot_projection_over_seeds([metrics], [projection], tmp_path / "p.png", "a_gem")
     assert [0.125] in [values.tolist() for *_, values in lines]
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of figures as they are written."""
+    written = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *a, **k: written.extend(a for a in self.axes if a.axison) or save(self, *a, **k),
+    )
+    return written
+
+
+def test_what_no_run_logged_has_no_column(tmp_path, axes):
+    one = [{"step": 0, "vqa_cross_entropy": 0.1, "vqa_accuracy": None}, {"step": 5, "vqa_cross_entropy": 0.2}]
+    training_curves.plot_vqa_over_seeds({"naive": [one]}, tmp_path / "vqa.png")
+    assert [axis.get_ylabel() for axis in axes] == ["VQA cross-entropy\n(nats per token)"]
+    axes.clear()
+    # The panel of the penalties has no accuracy, the others have.
+    both = [{**record, "vqa_accuracy": 0.5} for record in one]
+    runs = {name: [both] for name in ("naive", "aegis", "lora", "a_gem", "pcgrad", "graddrop")} | {"ewc": [one]}
+    runs["naive"] = runs["aegis"] = [one]
+    training_curves.plot_vqa_over_seeds(runs, tmp_path / "vqa.png")
+    assert [axis.get_title(loc="left") for axis in axes] == [
+        *("the paper's conditions", ""),
+        "penalties",
+        *("replayed VQA data", ""),
+    ]
+    assert all(np.isfinite(line.get_ydata()).any() for axis in axes for line in axis.lines)
+
+
+@pytest.mark.parametrize(("end", "scale"), [(0.2, "linear"), (20.0, "log")])
+def test_conditions_that_differ_widely_are_on_a_logarithmic_scale(tmp_path, axes, end, scale):
+    runs = {
+        name: [[{"step": 0, "vqa_cross_entropy": 0.1}, {"step": 5, "vqa_cross_entropy": value}]]
+        for name, value in (("naive", end), ("aegis", 0.1))
+    }
+    training_curves.plot_vqa_over_seeds(runs, tmp_path / "vqa.png")
+    assert [axis.get_yscale() for axis in axes] == [scale]
+    low, high = axes[0].get_ylim()
+    assert low < 0.1
+    assert high > end
+
+
+def test_a_projection_shows_what_was_logged_and_missing_cosines_in_grey(tmp_path, axes):
+    projection = [{"step": 1, "groups": ["layers.0"], "cosine": [0.0]}, {"step": 2, "groups": [], "cosine": []}]
+    metrics = [{"step": 1, "throttle_rate": 0.5, "cosine": None}]
+    training_curves.plot_projection_over_seeds([metrics], [projection], tmp_path / "p.png")
+    rates, cells, bar = axes
+    assert rates.get_ylabel() == "groups in\nconflict (%)"
+    assert cells.images[0].get_array().mask.tolist() == [[False, True]]
+    assert "grey" in bar.get_xlabel()
+    with Image.open(tmp_path / "p.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    # What is missing is drawn unlike what is zero.
+    assert (178, 178, 178) in colours
+    assert (246, 246, 247) in colours
