@@ -33,9 +33,9 @@ class RunArguments:
             After training, the vision-language model's weights become this share of the fine-tuned and the rest of the
             pre-trained ones.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Of the weights: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes in
-            bfloat16 on float32 weights. `hf-aegis anchor` collects in the first two alone, and in float16 gradients are
-            not combined.
+            Of the weights: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes
+            in bfloat16 on float32 weights. `hf-aegis anchor` collects in the first two alone, and in float16 gradients
+            are not combined.
         vqa_dataset (`str`, *optional*, defaults to `"easy-vqa"`): Questions of the hold-out; see `load_vqa`.
         vqa_split (`str`, *optional*, defaults to `"test"`): Their split.
         vqa_samples (`int`, *optional*, defaults to `500`): How many during training; 0 for none.

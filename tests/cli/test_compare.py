@@ -270,6 +270,21 @@ def test_a_condition_may_be_a_recipe_of_its_own(run, commands, tmp_path):
     assert recipe["output_dir"] == f"{tmp_path}/out/runs/own/seed_1"
 
 
+def test_a_comparison_may_extend_another_recipe(run, commands, tmp_path):
+    shared, conditions = RECIPE.index("shared:"), RECIPE.index("conditions:")
+    base = tmp_path / "base.yaml"
+    base.write_text(RECIPE[shared:conditions].format())
+    own = RECIPE[:shared] + "extends: base.yaml\nshared: {{max_steps: 30, expert: {{expert_num_heads: 2}}}}\n"
+    run(text=own + RECIPE[conditions:])
+    recipe = yaml.safe_load((tmp_path / "out" / "runs" / "aegis" / "seed_0.yaml").read_text())
+    assert (recipe["max_steps"], recipe["vqa_final_samples"]) == (30, 60)
+    assert recipe["expert"] == {"expert_num_layers": 3, "expert_hidden_size": 128, "expert_num_heads": 2}
+    assert "anchor" in commands.commands
+    base.write_text("conditionz: {}\n")
+    with pytest.raises(ValueError, match=r"base\.yaml: unknown keys \['conditionz'\]"):
+        run(text=own + RECIPE[conditions:])
+
+
 def test_an_override_wins_over_everything(run, commands, tmp_path):
     run("--override", '{"learning_rate": 0.1, "expert": {"expert_num_heads": 2}}')
     recipe = yaml.safe_load((tmp_path / "out" / "runs" / "small" / "seed_0.yaml").read_text())
@@ -312,6 +327,15 @@ def test_without_questions_nothing_is_asked_before(run, commands, tmp_path):
             "dtype: float64",
             r"condition 'small': key 'dtype' is 'float64', but None in condition",
         ),
+        (
+            "max_steps: 20",
+            "dtype: float64\n  max_steps: 20",
+            r"anchor 'easy': key 'dtype' is 'float64', expected 'float32' or 'bfloat16'",
+        ),
+        ("expert_num_layers: 1", "expert_layers: 1", r"condition 'small': expert: unknown key 'expert_layers'"),
+        ("learning_rate: 0.5", "lora: {{rank: 4}}", r"condition 'small': lora: unknown key 'rank'"),
+        ("learning_rate: 0.5", "fast: {{size: 4}}", r"condition 'small': fast: unknown key 'size'"),
+        ("learning_rate: 0.5", "replay_samples: 0", r"condition 'small': replay_samples must be at least 1, found 0"),
         ("num_samples: 90", "samples: 90", r"compare\.yaml, anchor 'easy': unknown keys \['samples'\]"),
         ("num_samples: 30", "num_samples: a", r"compare\.yaml, anchor 'unused': key 'num_samples' is 'a'"),
         ("num_samples: 90", "num_samples: 0", r"anchor 'easy': num_samples must be at least 1, found 0"),
