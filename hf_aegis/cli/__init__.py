@@ -1,4 +1,8 @@
-"""The `hf-aegis` command line: one module per command, imported only when its command runs."""
+"""
+The `hf-aegis` command line: a module for each command, imported only when its command runs, and beside them what
+several commands share: parsing (`command_parser`, `recipe`, `device`), comparisons, which `compare` and `demo` run
+(`comparison`, `conditions`), and the processes in which these start other commands (`processes`, `parent_process`).
+"""
 
 import importlib
 import os

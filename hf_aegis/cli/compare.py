@@ -1,7 +1,6 @@
 """`hf-aegis compare`: several conditions, each with several seeds, trained from the same start on the same batches."""
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ class CompareArguments:
             collected by it.
         only (`list[str]`, *optional*): The conditions to run now; by default all.
         jobs (`int`, *optional*):
-            Processes side by side, which share the cores. By default as before in this folder; at first one per GPU,
-            or one per core.
+            Processes side by side, which share the cores. By default as many as before in this folder, with as many
+            threads each; at first one per GPU, or one per core.
 
     Raises:
         ValueError: If a value does not fit; the message names the field.
@@ -75,9 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: If a field does not fit, or the folder holds results of other settings.
         OSError: If a recipe cannot be read, the model not be asked, or an anchor not be collected.
     """
-    from hf_aegis.cli.comparison import Comparison
+    from hf_aegis.cli.comparison import Comparison, placement_in
     from hf_aegis.cli.conditions import check_runnable, resolve_anchors, resolve_conditions
-    from hf_aegis.cli.processes import Placement
     from hf_aegis.reports.results_table import collect_results, markdown_table
 
     asked: CompareArguments = arguments.recipe[0]
@@ -91,13 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
         folder=folder,
         conditions=conditions,
         seeds=tuple(asked.seeds),
-        placement=Placement.on_this_machine(
-            asked.jobs or _earlier_jobs(folder), at_most=len(conditions) * len(asked.seeds)
-        ),
+        placement=placement_in(folder, asked.jobs, at_most=len(conditions) * len(asked.seeds)),
         anchors=used,
         questions=_questions(next(iter(conditions.values()))),
         only=tuple(asked.only) if asked.only is not None else None,
     )
+    if (missing := _cannot_draw()) is not None:
+        print(f"No report will be written: {missing}", file=sys.stderr, flush=True)
     failures = comparison.execute()
     results = collect_results(folder)
     print(markdown_table(results))
@@ -109,11 +107,24 @@ def run(arguments: argparse.Namespace) -> int:
             f"their logs are in {folder / 'logs'}; start it again to repeat them",
             file=sys.stderr,
         )
-    if results["runs"]:
+    if missing is not None:
+        print(f"No report was written: {missing}; then: hf-aegis report {folder}")
+    elif results["runs"]:
         from hf_aegis.cli.report import write_report
 
         print(write_report(folder))
     return 1 if failures else 0
+
+
+def _cannot_draw() -> str | None:
+    """Why there can be no report, if so: a thing to know before hours of training."""
+    from hf_aegis.reports.style import require_matplotlib
+
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _questions(recipe: dict[str, Any]) -> dict[str, Any] | None:
@@ -132,10 +143,3 @@ def _questions(recipe: dict[str, Any]) -> dict[str, Any] | None:
         "seed": run.vqa_seed,
     }
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _earlier_jobs(folder: Path) -> int | None:
-    from hf_aegis.reports.results_table import SETTINGS_FILE
-
-    path = folder / SETTINGS_FILE
-    return json.loads(path.read_text())["machine"]["jobs"] if path.exists() else None

@@ -1,7 +1,7 @@
 """Running a comparison: conditions × seeds of `hf-aegis train`, and what they need, in one resumable folder."""
 
+import dataclasses
 import json
-import os
 import re
 import shlex
 import sys
@@ -15,7 +15,8 @@ import yaml
 
 from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
-from hf_aegis.cli.processes import Call, Placement, run_calls
+from hf_aegis.cli.processes import Call, Placement, available_cores, run_calls
+from hf_aegis.reports.machine_paths import without_machine_paths
 from hf_aegis.reports.results_table import FAILURES_FILE, PRETRAINED_FILE, SETTINGS_FILE, write_results
 
 
@@ -137,6 +138,7 @@ class Comparison:
             run = pending[call]
             ended.add(run)
             if error is not None:
+                error = without_machine_paths(error, self.folder)
                 failures.append({"condition": run.condition, "seed": run.seed, "error": error})
                 write_text(path, json.dumps(earlier + failures, indent=2))
             write_results(self.folder)
@@ -170,27 +172,31 @@ class Comparison:
             if (self._anchor(name) / _RECIPE).exists():
                 remedy = f"delete {self._anchor(name)} and the runs that used it"
                 self._compare(self._anchor_file(name), self._anchor_recipe(name), remedy)
-        path = self.folder / SETTINGS_FILE
-        started = (self.folder / PRETRAINED_FILE).exists() or any(self.folder.glob(f"runs/*/*/{_RECIPE}"))
-        if path.exists() and started:
-            # Scores before and after belong together, rounding depends on the number of threads, and step times on
-            # what runs beside.
-            noted = json.loads(path.read_text())
-            earlier = {"questions": noted["questions"], **{key: noted["machine"][key] for key in ("jobs", "threads")}}
-            own = {"questions": self.questions, "jobs": self.placement.jobs, "threads": self.placement.threads}
+        if (noted := _settings_of_started(self.folder)) is not None:
+            # Scores before and after belong together.
+            earlier, own = {"questions": noted["questions"]}, {"questions": self.questions}
             refuse_other_settings(earlier, own, f"{self.folder} holds a comparison", "delete the folder")
 
     def _compare(self, path: Path, recipe: dict[str, Any], remedy: str) -> None:
         if path.exists():
-            refuse_other_settings(yaml.safe_load(path.read_text()), recipe, f"{path} was run", remedy)
+            earlier = _wherever(yaml.safe_load(path.read_text()))
+            refuse_other_settings(earlier, _wherever(recipe), f"{path} was run", remedy)
 
     def _write_recipes(self) -> None:
         for run in self.chosen:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
-            write_text(run.recipe, yaml.safe_dump(self._run_recipe(run), sort_keys=False))
+            self._write_recipe(run.recipe, run.folder, self._run_recipe(run))
         (self.folder / "anchors").mkdir(exist_ok=True)
         for name in self.chosen_anchors:
-            write_text(self._anchor_file(name), yaml.safe_dump(self._anchor_recipe(name), sort_keys=False))
+            self._write_recipe(self._anchor_file(name), self._anchor(name), self._anchor_recipe(name))
+
+    def _write_recipe(self, path: Path, output: Path, recipe: dict[str, Any]) -> None:
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+        resolved = output / _RECIPE
+        if resolved.exists() and (earlier := yaml.safe_load(resolved.read_text()))["output_dir"] != str(output):
+            # The folder was moved. A run in it continues by a recipe that says where it is now.
+            moved = {key: recipe[key] for key in ("output_dir", "anchor") if key in recipe}
+            write_text(resolved, yaml.safe_dump({**earlier, **moved}, sort_keys=False))
 
     def _write_settings(self) -> None:
         path = self.folder / SETTINGS_FILE
@@ -199,9 +205,9 @@ class Comparison:
         settings = {
             "version": __version__,
             "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
-            "command": shlex.join(["hf-aegis", *sys.argv[1:]]),
+            "command": without_machine_paths(shlex.join(["hf-aegis", *sys.argv[1:]])),
             "machine": {
-                "cores": os.cpu_count(),
+                "cores": available_cores(),
                 "gpus": len(self.placement.gpus),
                 "jobs": self.placement.jobs,
                 "threads": self.placement.threads,
@@ -229,6 +235,45 @@ class Comparison:
 
     def _anchor_file(self, name: str) -> Path:
         return self.folder / "anchors" / f"{name}.yaml"
+
+
+def placement_in(folder: Path, jobs: int | None, at_most: int) -> Placement:
+    """
+    How the commands of a comparison share the machine: as when it was started, since rounding depends on the number of
+    threads, and step times on what runs beside.
+
+    Args:
+        folder (`Path`): The comparison's.
+        jobs (`int`, *optional*): Processes side by side that were asked for.
+        at_most (`int`): The number of runs.
+
+    Raises:
+        ValueError: If the comparison was started with another number of processes than was asked for.
+    """
+    placement = Placement.on_this_machine(jobs, at_most)
+    if (noted := _settings_of_started(folder)) is None:
+        return placement
+    earlier = noted["machine"]["jobs"]
+    if jobs is not None:
+        remedy = "leave out jobs to continue with as many as before"
+        refuse_other_settings({"jobs": earlier}, {"jobs": jobs}, f"{folder} holds a comparison", remedy)
+    return dataclasses.replace(placement, jobs=earlier, threads=noted["machine"]["threads"])
+
+
+def _settings_of_started(folder: Path) -> dict[str, Any] | None:
+    """The settings of the comparison in a folder, once anything was measured or trained there."""
+    path = folder / SETTINGS_FILE
+    started = (folder / PRETRAINED_FILE).exists() or any(folder.glob(f"runs/*/*/{_RECIPE}"))
+    return json.loads(path.read_text()) if path.exists() and started else None
+
+
+def _wherever(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without where the comparison's folder is, which may be moved; an anchor in it has its name only."""
+    settings = {key: value for key, value in recipe.items() if key != "output_dir"}
+    if recipe.get("anchor") is not None:
+        anchor, folder = Path(recipe["anchor"]), Path(recipe["output_dir"]).parents[2]
+        settings["anchor"] = anchor.name if anchor.parent == folder / "anchors" else recipe["anchor"]
+    return settings
 
 
 def refuse_other_settings(earlier: Mapping[str, Any], own: Mapping[str, Any], what: str, remedy: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
-from hf_aegis.cli.comparison import Comparison, Run, refuse_other_settings
-from hf_aegis.cli.processes import Placement
+from hf_aegis.cli.comparison import Comparison, Run, placement_in, refuse_other_settings
+from hf_aegis.reports.results_table import COLUMNS, PRETRAINED_FILE, pretrained_scores
+from hf_aegis.reports.style import require_matplotlib
 
 
 # Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
@@ -40,6 +41,16 @@ ANCHOR = "easy_vqa"
 CONDITIONS: dict[str, dict[str, Any]] = {
     "naive": {"preserve": "none"},
     "aegis": {"preserve": "projection", "anchor": ANCHOR},
+}
+# Of the measures of a comparison's table, those of the demo's.
+_ROWS = {
+    "vqa_cross_entropy": "VQA cross-entropy (nats/token)",
+    "vqa_accuracy": "VQA accuracy (%)",
+    "flow_mse": "held-out flow MSE",
+    "step_ms": "step time (ms, median)",
+    "peak_memory_mb": "peak memory in steps (MB)",
+    "throttle_rate": "throttle rate (%)",
+    "energy_shed": "energy shed (%)",
 }
 ANCHOR_SAMPLES = 3000
 FINAL_QUESTIONS = 2000
@@ -82,8 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: If the folder holds a demo with other settings, or an option does not fit.
         OSError: If one of the commands fails.
+        ImportError: If matplotlib is not installed, before anything is trained.
     """
     started = time.perf_counter()
+    require_matplotlib()
     folder: Path = arguments.output_dir
     shared = TRAINING | {name: getattr(arguments, name) for name in ("max_steps", "vqa_final_samples")}
     for name in ("max_steps", "vqa_final_samples", "jobs"):
@@ -93,26 +106,21 @@ def run(arguments: argparse.Namespace) -> int:
         folder=folder,
         conditions={name: shared | own for name, own in CONDITIONS.items()},
         seeds=(arguments.seed,),
-        placement=Placement.on_this_machine(
-            arguments.jobs and min(arguments.jobs, len(CONDITIONS)), at_most=len(CONDITIONS)
+        placement=placement_in(
+            folder, arguments.jobs and min(arguments.jobs, len(CONDITIONS)), at_most=len(CONDITIONS)
         ),
         anchors={ANCHOR: {"num_samples": ANCHOR_SAMPLES}},
         questions={"max_samples": arguments.vqa_final_samples, "seed": 0},
     )
-    settings = shared | {
-        "seed": arguments.seed,
-        "anchor_samples": ANCHOR_SAMPLES,
-        # Rounding depends on the number of threads, and step times on what runs beside.
-        "jobs": comparison.placement.jobs,
-        "threads": comparison.placement.threads,
-        "version": __version__,
-    }
-    _keep(settings, folder / "demo.json")
+    _keep(
+        shared | {"seed": arguments.seed, "anchor_samples": ANCHOR_SAMPLES, "version": __version__},
+        folder / "demo.json",
+    )
     if failures := comparison.execute():
         raise OSError(failures[0]["error"])
 
     measured = {run.condition: json.loads((run.folder / "result.json").read_text()) for run in comparison.runs}
-    summary: dict[str, Any] = {"pretrained": _vqa(json.loads((folder / "pretrained.json").read_text())), **measured}
+    summary: dict[str, Any] = {"pretrained": pretrained_scores(folder / PRETRAINED_FILE), **measured}
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     _report(folder, comparison.runs)
     print(format_table(summary))
@@ -127,20 +135,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def format_table(summary: dict[str, Any]) -> str:
     """The summary as a table for a terminal, one row per measure."""
-    rows = [
-        ("VQA cross-entropy (nats/token)", "vqa_cross_entropy", "{:.3f}", 1),
-        ("VQA accuracy (%)", "vqa_accuracy", "{:.1f}", 100),
-        ("held-out flow MSE", "flow_mse", "{:.4f}", 1),
-        ("step time (ms, median)", "step_ms", "{:.0f}", 1),
-        ("peak memory in steps (MB)", "peak_memory_mb", "{:.0f}", 1),
-        ("throttle rate (%)", "throttle_rate", "{:.1f}", 100),
-        ("energy shed (%)", "energy_shed", "{:.2f}", 100),
-    ]
-    names = list(summary)
-    lines = [f"{'':32}" + "".join(f"{name:>14}" for name in names)]
-    for label, key, text, scale in rows:
-        cells = (text.format(scale * summary[name][key]) if key in summary[name] else "–" for name in names)
-        lines.append(f"{label:32}" + "".join(f"{cell:>14}" for cell in cells))
+    columns = {column.key: column for column in COLUMNS}
+    lines = [f"{'':32}" + "".join(f"{name:>14}" for name in summary)]
+    for key, label in _ROWS.items():
+        found = (scores.get(key) for scores in summary.values())
+        alone = (None if value is None else {"mean": value, "std": None, "n": 1} for value in found)
+        lines.append(f"{label:32}" + "".join(f"{columns[key].cell(measure, 1):>14}" for measure in alone))
     return "\n".join(lines)
 
 
@@ -153,14 +153,6 @@ def _keep(settings: dict[str, Any], file: Path) -> None:
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(settings, indent=2))
-
-
-def _vqa(scores: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "vqa_cross_entropy": scores["cross_entropy"],
-        "vqa_accuracy": scores["accuracy"],
-        "vqa_accuracy_by_type": {name: score["accuracy"] for name, score in scores["by_type"].items()},
-    }
 
 
 def _report(folder: Path, runs: list[Run]) -> None:

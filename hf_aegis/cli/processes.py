@@ -13,6 +13,8 @@ from hf_aegis.cli.parent_process import PARENT_VARIABLE
 
 
 _POLL_SECONDS = 0.5
+# Microseconds of all cores together in each period of so many, or "max" (Linux, control groups v2).
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,29 @@ class Placement:
     @classmethod
     def on_this_machine(cls, jobs: int | None = None, at_most: int | None = None) -> "Placement":
         """
-        One process per GPU, or per core where there is none, and the cores shared among them.
-
-        Threads do not depend on how many commands happen to be left: rounding does on them, and interrupted work ends
-        like work done in one go. `OMP_NUM_THREADS` in the environment wins.
+        One process per GPU, or per core where there is none, and the cores shared among them. `OMP_NUM_THREADS` in the
+        environment wins.
 
         Args:
             jobs (`int`, *optional*): Processes side by side, if not by the rule.
             at_most (`int`, *optional*): Limit of the rule: there are no more commands than this.
         """
-        gpus, cores = visible_gpus(), os.cpu_count() or 1
+        gpus, cores = visible_gpus(), available_cores()
         if jobs is None:
             jobs = len(gpus) or cores
             jobs = jobs if at_most is None else max(1, min(jobs, at_most))
         asked = os.environ.get("OMP_NUM_THREADS", "")
         return cls(jobs, int(asked) if asked.isdigit() else max(1, cores // jobs), gpus)
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which in a container or a batch job are fewer than the machine has."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_LIMIT.read_text().split()
+    except OSError:
+        return own
+    return own if quota == "max" else max(1, min(own, int(quota) // int(period)))
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -13,24 +13,29 @@ class Commands:
     """
     Notes the calls and writes what they would write.
 
-    `failing` are the names of calls that end with an error; `interrupt_at` is the number of the call at which the one
-    that started them is interrupted.
+    `failing` are the names of calls that end with an `error`, by default an invented one; `interrupt_at` is the number
+    of the call at which the one that started them is interrupted.
     """
 
     def __init__(self):
         self.calls = []
         self.failing = set()
+        self.error = None
         self.interrupt_at = None
         self.lines = lambda recipe: {"metrics": [{"step": 0}, {"step": recipe["max_steps"]}]}
         self.result = lambda recipe: {"vqa_accuracy": 0.5, "flow_mse": 0.1}
 
     def __call__(self, calls, logs, placement, *, ended=None, total=None, progress=None):
-        self.total = total
+        self.total, self.placement = total, placement
         for call in calls:
             if len(self.calls) + 1 == self.interrupt_at:
                 raise KeyboardInterrupt
             self.calls.append(call.arguments)
-            error = f"hf-aegis {call.arguments[0]} ended with code 1" if call.name in self.failing else None
+            error = (
+                (self.error or f"hf-aegis {call.arguments[0]} ended with code 1")
+                if call.name in self.failing
+                else None
+            )
             if error is None:
                 self.run(*call.arguments)
             elif ended is None:
@@ -49,9 +54,10 @@ class Commands:
             scores = {"cross_entropy": 0.1, "accuracy": 0.9, "by_type": {"color": {"accuracy": 0.8}}}
             Path(named["--output"]).write_text(json.dumps(scores))
         elif command == "anchor":
-            folder = Path(yaml.safe_load(Path(named["--config"]).read_text())["output_dir"])
+            recipe = Path(named["--config"]).read_text()
+            folder = Path(yaml.safe_load(recipe)["output_dir"])
             folder.mkdir()
-            (folder / "recipe.yaml").write_text("{}")
+            (folder / "recipe.yaml").write_text(recipe)
         else:
             self.train(yaml.safe_load(Path(named["--config"]).read_text()))
 

@@ -7,7 +7,7 @@ import types
 import pytest
 import yaml
 
-from hf_aegis.cli import build_parser, compare, comparison, main
+from hf_aegis.cli import build_parser, compare, comparison, main, processes
 from hf_aegis.cli.processes import Placement
 from hf_aegis.cli.recipe import merged
 
@@ -249,16 +249,70 @@ def test_settings_of_conditions_that_were_not_run_may_change(run, commands):
     assert run(text=RECIPE.replace("learning_rate: 0.5", "learning_rate: 0.4")) == 0
 
 
-def test_jobs_stay_those_of_the_folder(run, commands, monkeypatch, tmp_path):
-    run("--jobs", "3")
-    asked = []
-    place = Placement.on_this_machine
-    monkeypatch.setattr(
-        Placement, "on_this_machine", lambda jobs=None, at_most=None: asked.append(jobs) or place(jobs, at_most)
-    )
+def test_jobs_and_threads_stay_those_of_the_folder(run, commands, monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    run("--jobs", "3", "--only", "naive")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(processes, "available_cores", lambda: 64)
     path = tmp_path / "compare.yaml"
     assert compare.run(build_parser().parse_args(["compare", "--config", str(path)])) == 0
-    assert asked == [3]
+    assert commands.placement == Placement(jobs=3, threads=5, gpus=commands.placement.gpus)
+
+
+def test_a_folder_may_be_moved(run, commands, tmp_path, capsys):
+    commands.interrupt_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    commands.interrupt_at = None
+    commands.calls.clear()
+    # Begun, but not finished.
+    begun = tmp_path / "out" / "runs" / "aegis" / "seed_0"
+    (begun / "result.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere"
+    assert run("--output_dir", str(moved)) == 0
+    assert commands.calls == [
+        ("train", "--config", f"{moved}/runs/{name}/seed_{seed}.yaml")
+        for name, seed in (("aegis", 0), ("naive", 1), ("small", 1), ("aegis", 1))
+    ]
+    for name in ("runs/aegis/seed_0.yaml", "runs/aegis/seed_0/recipe.yaml"):
+        recipe = yaml.safe_load((moved / name).read_text())
+        assert recipe["output_dir"] == f"{moved}/runs/aegis/seed_0"
+        assert recipe["anchor"] == f"{moved}/anchors/easy"
+    assert yaml.safe_load((moved / "anchors/easy/recipe.yaml").read_text())["output_dir"] == f"{moved}/anchors/easy"
+    # Another anchor is not this one moved.
+    commands.calls.clear()
+    elsewhere = RECIPE.replace("anchor: easy", "anchor: some/easy")
+    with pytest.raises(ValueError, match=r"anchor is 'easy' there and 'some/easy' here"):
+        run("--output_dir", str(moved), text=elsewhere)
+
+
+def test_what_is_recorded_tells_of_no_machine(run, commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["hf-aegis", "compare", "--config", f"{tmp_path}/compare.yaml", "--jobs", "2"])
+    monkeypatch.chdir(tmp_path)
+    commands.failing = {"small_seed_0"}
+    commands.error = f"no /data/x.hdf5 (all of it in {tmp_path}/out/logs/small_seed_0.log)"
+    run()
+    settings = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert settings["command"] == "hf-aegis compare --config compare.yaml --jobs 2"
+    (failure,) = json.loads((tmp_path / "out" / "failures.json").read_text())
+    assert failure["error"] == "no x.hdf5 (all of it in logs/small_seed_0.log)"
+    for name in ("results.json", "results.csv", "results.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(tmp_path) not in text
+        assert "/data" not in text
+
+
+def test_without_matplotlib_there_is_no_report_and_that_is_said_before(run, commands, reports, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    commands.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert "No report will be written: figures need matplotlib" in capsys.readouterr().err
+    commands.interrupt_at = None
+    assert run() == 0
+    assert reports == []
+    assert "No report was written: figures need matplotlib" in capsys.readouterr().out
 
 
 def test_a_condition_may_be_a_recipe_of_its_own(run, commands, tmp_path):

@@ -101,7 +101,7 @@ def test_the_bar_does_not_count_what_was_done_before_for_its_speed(tmp_path, mon
 def test_cores_are_shared_among_the_processes(monkeypatch):
     monkeypatch.setattr(processes, "visible_gpus", lambda: ())
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(processes, "available_cores", lambda: 8)
     assert [Placement.on_this_machine(jobs).threads for jobs in (1, 2, 8, 20)] == [8, 4, 1, 1]
     assert Placement.on_this_machine() == Placement(jobs=8, threads=1)
     assert Placement.on_this_machine(at_most=2) == Placement(jobs=2, threads=4)
@@ -109,6 +109,26 @@ def test_cores_are_shared_among_the_processes(monkeypatch):
     assert Placement.on_this_machine(at_most=6) == Placement(jobs=2, threads=4, gpus=("0", "1"))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert Placement.on_this_machine(1).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 3), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 3), (None, 3)],
+)
+def test_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 4, 5}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(processes, "_CGROUP_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert processes.available_cores() == cores
+
+
+def test_elsewhere_all_cores_are_available(monkeypatch, tmp_path):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(processes, "_CGROUP_LIMIT", tmp_path / "cpu.max")
+    assert processes.available_cores() == 64
 
 
 @pytest.mark.parametrize(
