@@ -176,6 +176,7 @@ def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
         "per_device_train_batch_size": "2",
         "vqa_samples": "4",
         "vqa_final_samples": "4",
+        "analysis_samples": "2",
         "disable_tqdm": "True",
         "use_cpu": "True",
     }
@@ -210,7 +211,7 @@ def test_the_embedded_recipe(demonstrations, anchor_folder, tmp_path):
         ({"dtype": "int8"}, "dtype must be one of .*'bfloat16'.*, found 'int8'"),
         ({"dtype": "float16"}, "not supported with float16"),
         ({"short_demonstrations": "drop"}, "short_demonstrations must be one of .*, found 'drop'"),
-        ({"vqa_final_samples": -1}, "max_samples"),
+        ({"vqa_final_samples": -1}, "vqa_final_samples must not be negative, found -1"),
         ({"expert": {"expert_widht": 3}}, "expert_widht"),
         ({"chunk_size": 50}, "short"),
     ],
