@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -108,18 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _samples(recipe: AnchorRecipe) -> Sequence["VQASample"]:
-    from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
+    from hf_aegis.data.vqa_sources import load_vqa
 
     columns = {
         field: column
         for field in ("image", "question", "answer")
         if (column := getattr(recipe, f"{field}_column")) is not None
     }
-    # Of a large set on the Hub no more than is needed.
-    streaming = recipe.dataset != EASY_VQA and not Path(recipe.dataset).is_dir()
-    samples = load_vqa(
-        recipe.dataset, recipe.split, recipe.num_samples, recipe.seed, columns=columns or None, streaming=streaming
-    )
+    samples = load_vqa(recipe.dataset, recipe.split, recipe.num_samples, recipe.seed, columns=columns or None)
     if len(samples) != recipe.num_samples:
         raise ValueError(
             f"{recipe.dataset}, split {recipe.split!r}, gave {len(samples)} samples, "

@@ -44,7 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(fields: image, question, answer, answers, question_type, answer_type, question_id)",
     )
     parser.add_argument(
-        "--streaming", action="store_true", help="read only as much of a dataset on the Hub as max_samples need"
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="read only as much of a dataset on the Hub as max_samples need (default: if max_samples are given)",
     )
     parser.add_argument("--max_samples", type=int, help="only the first N questions (default: all)")
     parser.add_argument("--seed", type=int, help="shuffle the questions before taking the first N (default: do not)")

@@ -24,7 +24,7 @@ def load_vqa(
     revision: str | None = None,
     config: str | None = None,
     columns: Mapping[str, str | None] | None = None,
-    streaming: bool = False,
+    streaming: bool | None = None,
 ) -> Sequence[VQASample]:
     """
     Questions about images from a named source. Images are converted to RGB, and decoded when a sample is accessed.
@@ -43,9 +43,10 @@ def load_vqa(
         columns (`Mapping[str, str]`, *optional*):
             the column of each field of [`VQASample`] whose name is not that of a common mirror of VQA v2 or OK-VQA
             (see [`~data.vqa_columns.CANDIDATES`]), e.g. `{"answers": "labels"}`; `None` for a column to be left out.
-        streaming (`bool`, *optional*, defaults to `False`):
+        streaming (`bool`, *optional*):
             read only as much of a dataset on the Hub as `max_samples` need, and keep them encoded in memory. Shuffled,
-            they come from about the first `2 * max_samples` of shuffled shards rather than from the whole split.
+            they come from about the first `2 * max_samples` of shuffled shards rather than from the whole split. By
+            default for a set on the Hub of which `max_samples` are asked.
 
     Returns:
         `Sequence[VQASample]`: the samples, in a fixed order.
@@ -67,7 +68,7 @@ def load_vqa(
     if revision is not None and folder.exists():
         raise ValueError(f"{source} lies on this machine: it takes no revision.")
     options = {"name": config, "revision": revision}
-    if streaming:
+    if streaming or (streaming is None and max_samples is not None and not folder.exists()):
         return _from_stream(source, split, max_samples, seed, options, columns)
     return _from_dataset(source, split, max_samples, seed, options, columns)
 

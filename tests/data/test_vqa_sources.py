@@ -295,3 +295,17 @@ def test_easy_vqa_is_a_source():
     for options in ({"streaming": True}, {"config": "small"}, {"revision": "main"}, {"columns": {"answer": "a"}}):
         with pytest.raises(ValueError, match="takes no revision, config, columns or streaming"):
             load_vqa("easy-vqa", "test", **options)
+
+
+def test_a_few_questions_of_a_set_on_the_hub_are_streamed(datasets, monkeypatch):
+    asked = []
+
+    def load_dataset(source, streaming=False, **options):
+        asked.append(streaming)
+        raise FileNotFoundError(source)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for options in ({"max_samples": 3}, {}, {"max_samples": 3, "streaming": False}):
+        with pytest.raises((FileNotFoundError, ValueError)):
+            load_vqa("nobody/nothing", "validation", **options)
+    assert asked == [True, False, False]
