@@ -56,7 +56,7 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         intervals, `vqa_any_match` where all annotators' answers are known, and accuracies by type; on the held-out
         demonstrations `flow_mse` and `action_mse`; with a discrete head `fast_action_mse` and `fast_decode_failures`;
         with a reference gradient the means of its figures over training; `step_ms`, `peak_memory_mb`,
-        `trainable_parameters` and `skipped_steps`; and what produced them.
+        `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
@@ -139,6 +139,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
+        "unprotected_steps": trainer.unprotected_steps,
         "fingerprints": {
             "train": train.fingerprint,
             "held_out": held_out.fingerprint,
