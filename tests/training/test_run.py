@@ -252,8 +252,9 @@ def test_final_questions_that_cannot_be_asked_are_refused_before_the_training(ma
         raise AssertionError("built a trainer")
 
     monkeypatch.setattr(run_module, "AEGISTrainer", forbidden)
-    with pytest.raises(ValueError, match="max_samples"):
-        run_training(make_run(vqa_final_samples=-1), make_args())
+    for samples, message in ((-1, "vqa_final_samples must not be negative"), (10_000, "max_samples must lie between")):
+        with pytest.raises(ValueError, match=message):
+            run_training(make_run(vqa_final_samples=samples), make_args())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures resident memory")
