@@ -126,7 +126,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         trainer.save_model(str(folder / ADAPTER_FOLDER))
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     policy = trainer.model
-    flow = trainer.evaluate()
+    unchanged = run.weight_interpolation is None and run.lora is None
+    flow = (_last_evaluation(trainer) if unchanged else None) or trainer.evaluate()
     scores, asked = question_scores(policy, processor, final_questions) if final_questions else ({}, None)
     # The Trainer may replace its callbacks when it resumes.
     resources = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceCallback))
@@ -156,6 +157,12 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
+
+
+def _last_evaluation(trainer: AEGISTrainer) -> dict[str, float] | None:
+    """What was measured after the last step, if anything was."""
+    found = [log for log in trainer.state.log_history if "eval_flow_mse" in log]
+    return found[-1] if found and found[-1]["step"] == trainer.state.global_step else None
 
 
 def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
