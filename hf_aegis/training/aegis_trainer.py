@@ -186,7 +186,9 @@ class AEGISTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
-            if report is None or not report.groups:
+            # The transport reference has a term for each layer that the task's gradient came through.
+            no_layer = isinstance(self.shield, GradientShield) and report is not None and not report.mean_term.numel()
+            if report is None or not report.groups or no_layer:
                 raise RuntimeError(
                     "the task's gradient reached no decoder layer, so there is nothing to project: do the layers "
                     'train, and does the loss depend on them? Without a gradient into the decoder, use preserve="none"'

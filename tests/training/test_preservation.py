@@ -266,6 +266,8 @@ def test_penalties_have_their_share_of_a_loss_of_ones_own(record, replayed, whol
 
     def prepare(trainer):
         trainer.loss_is_scaled_for_ga = whole
+        # Else the model's own rule would say the same as that of `compute_loss_func`.
+        trainer.model_accepts_loss_kwargs = False
 
     changes = {**METHODS["cotrain"], "gradient_accumulation_steps": 2, "max_steps": 1}
     model, batches, applied = next(record(**changes, prepare=prepare, options={"compute_loss_func": own_loss}))
@@ -391,7 +393,7 @@ def test_the_figures_are_logged(train, tmp_path):
         train(output_dir=str(tmp_path / method), **METHODS[method])
         records = [r for r in JSONLines(tmp_path / method / "metrics.jsonl").read() if "loss" in r]
         assert all(r[key] >= 0 for r in records), (method, records[0])
-        assert records[-1][key] > 0
+        assert any(r[key] > 0 for r in records)
 
 
 @pytest.mark.parametrize(
