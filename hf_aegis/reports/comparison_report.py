@@ -10,7 +10,14 @@ from hf_aegis.reports import html_page as html
 from hf_aegis.reports.comparison_figures import Figure, draw_figures
 from hf_aegis.reports.diagnostics_table import PAPER_ROW, diagnostics_rows
 from hf_aegis.reports.figure_material import Material
-from hf_aegis.reports.results_table import COLUMNS, SETTINGS_FILE, Column, collect_results, measured_columns
+from hf_aegis.reports.results_table import (
+    COLUMNS,
+    SETTINGS_FILE,
+    Column,
+    collect_results,
+    measured_columns,
+    sheds_energy,
+)
 from hf_aegis.reports.run_logs import RunLogs, runs_by_condition
 from hf_aegis.reports.style import condition_order, condition_styles
 
@@ -64,7 +71,7 @@ def write_report(folder: Path) -> Path:
 
 def _blocks(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]], figures: Sequence[Figure]) -> list[str]:
     drawn = [figure for figure in figures if figure.path is not None]
-    projections = _projections(logs)
+    projections = _projections(results, logs)
     sections = [("results", "Results"), *((figure.name, figure.title) for figure in drawn)]
     sections += [("diagnostics", "Diagnostics of the projection")] if projections else []
     sections += [("settings", "Settings and versions")]
@@ -181,13 +188,17 @@ def _table(
     return ["condition", "seeds", *(column.header for column in columns)], rows
 
 
-def _projections(logs: Mapping[str, list[RunLogs]]) -> dict[str, list[Any]]:
-    labels = _labels(logs)
-    found = {
-        labels[name]: [records for run in runs if (records := run.projection()) and "summary" in records[0]]
-        for name, runs in logs.items()
-    }
-    return {label: projections for label, projections in found.items() if projections}
+def _projections(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> dict[str, list[Any]]:
+    """By label of the condition, the figures of each run's projected backward passes."""
+    found: dict[str, list[Any]] = {}
+    for name, label in _labels(logs).items():
+        left_out = () if sheds_energy(results["settings"]["conditions"][name]) else ("energy_shed",)
+        for run in logs[name]:
+            records = [record["summary"] for record in run.projection() or () if record.get("summary")]
+            if records:
+                kept = [{key: value for key, value in one.items() if key not in left_out} for one in records]
+                found.setdefault(label, []).append(kept)
+    return found
 
 
 def _diagnostics(projections: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -196,7 +207,8 @@ def _diagnostics(projections: Mapping[str, Sequence[Any]]) -> list[str]:
         html.table(*diagnostics_rows(projections)),
         html.paragraph(
             "Mean (minimum to maximum) over all training steps and seeds of the figures of each projected backward "
-            "pass. Cosine and coefficient are means over groups; the coefficient α is zero without conflict and "
+            "pass. Energy is told of projections only: of combinations that add the reference's gradient it would say "
+            "nothing. Cosine and coefficient are means over groups; the coefficient α is zero without conflict and "
             "negative with it. The norm is that of the vision-language model's gradient before projection. The last "
             f"row, “{PAPER_ROW}”, is another model, data set and scale: it helps to see whether a figure is of a "
             "plausible size, not whether it is right."

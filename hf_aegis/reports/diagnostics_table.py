@@ -34,12 +34,13 @@ def diagnostics_rows(projections: Mapping[str, Sequence[Records]]) -> tuple[list
     not finite are passed over.
 
     Args:
-        projections (`Mapping[str, Sequence[Records]]`): By label of the condition, the projection logs of its runs.
+        projections (`Mapping[str, Sequence[Records]]`):
+            By label of the condition, for each of its runs the figures of each projected backward pass.
     """
     header = ["", "seeds", "backward passes", *(measure.header for measure in _MEASURES)]
     rows = []
     for label, runs in projections.items():
-        summaries = [record["summary"] for records in runs for record in records if record.get("summary")]
+        summaries = [summary for summaries in runs for summary in summaries]
         cells = [_cell([summary.get(measure.key) for summary in summaries], measure) for measure in _MEASURES]
         rows.append([label, str(len(runs)), f"{len(summaries):,}", *cells])
     rows.append([PAPER_ROW, *_PAPER_LENGTH, *_PAPER])

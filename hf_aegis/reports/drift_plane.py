@@ -85,7 +85,7 @@ def plot_drift(planes: dict[int, DriftPlane], path: Path) -> None:
     with figure_style() as pyplot:
         wide = len(planes) > 1
         figure, axes = pyplot.subplots(
-            1, len(planes), figsize=(WIDTH if wide else 6.5, 4.0 if wide else 5.2), squeeze=False
+            1, len(planes), figsize=(WIDTH if wide else 6.5, 3.6 if wide else 5.2), squeeze=False
         )
         for axis, (seed, plane) in zip(axes[0], planes.items(), strict=True):
             centroids = {name: points.mean(axis=0) for name, points in plane.points.items()}

@@ -108,6 +108,8 @@ def annotate(
         labels (`Mapping[str, str]`): Text by name.
         drawn (`Sequence[tuple]`): Left, bottom, right and top of bars and lines, in data coordinates.
     """
+    from matplotlib.patheffects import withStroke
+
     figure = axis.figure
     # The layout is settled when it is drawn.
     figure.canvas.draw()
@@ -133,6 +135,8 @@ def annotate(
             va="center",
             fontsize=10,
             arrowprops=line if leads else None,
+            # Of bars that pass below a label in a crowd, it stays legible.
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             zorder=6,
         ).set_in_layout(False)
 

@@ -107,7 +107,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
     conditions = {}
     for condition in settings["conditions"]:
         own = [run for run in runs if run["condition"] == condition]
-        measures = {key: _aggregate(run.get(key) for run in own) for key in _keys(own)}
+        keys = [key for key in _keys(own) if key != "energy_shed" or sheds_energy(settings["conditions"][condition])]
+        measures = {key: _aggregate(run.get(key) for run in own) for key in keys}
         conditions[condition] = {"runs": len(own), "measures": measures}
     failures = _read(folder / FAILURES_FILE) if (folder / FAILURES_FILE).exists() else []
     return {
@@ -122,6 +123,14 @@ def collect_results(folder: Path) -> dict[str, Any]:
         "failed": without_machine_paths(failures),
         "settings": without_machine_paths(settings),
     }
+
+
+def sheds_energy(recipe: Mapping[str, Any]) -> bool:
+    """
+    Whether a condition's combiner only takes from the task's gradient. The others, such as PCGrad, add the reference's
+    gradient as well, so that the difference in energy says nothing of what was taken.
+    """
+    return recipe.get("combiner", "one_sided") == "one_sided"
 
 
 def measured_columns(results: Mapping[str, Any], columns: Sequence[Column] = COLUMNS) -> list[Column]:

@@ -139,8 +139,8 @@ def _leading_share(loss: str, mean: float, deviation: float) -> str:
     """The concentration ratio of the first direction, in words; none where there is no gradient."""
     if not np.isfinite(mean):
         return ""
-    spread = f" ± {100 * deviation:.0f}" if np.isfinite(deviation) else ""
-    return f"ρ₁ {loss} {100 * mean:.0f}{spread} %"
+    spread = f" ± {100 * deviation:.1f}" if np.isfinite(deviation) else ""
+    return f"ρ₁ {loss} {100 * mean:.1f}{spread} %"
 
 
 def _by_layer(spectra: Spectra, loss: str) -> list[list[np.ndarray]]:

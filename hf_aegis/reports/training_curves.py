@@ -103,7 +103,8 @@ def plot_projection_over_seeds(
             # The last one of an odd number has a row for itself.
             alone = index == len(curves) - 1 and index % 2 == 0
             axis = figure.add_subplot(grid[index // 2, :] if alone else grid[index // 2, index % 2])
-            _draw(axis, metrics, curve, {**style, "marker": ""})
+            # Nothing to tell it from.
+            _draw(axis, metrics, curve, {**style, "marker": "", "linestyle": "-"})
             if curve.from_zero:
                 axis.set_ylim(bottom=0)
             else:

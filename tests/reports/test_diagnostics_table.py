@@ -3,16 +3,12 @@ from hf_aegis.reports.diagnostics_table import PAPER_ROW, diagnostics_rows
 
 def test_mean_and_range_over_steps_and_seeds():
     def log(*rates):
-        return [
-            {"step": i, "summary": {"throttle_rate": r, "alpha": -0.5, "penalty": None}} for i, r in enumerate(rates)
-        ]
+        return [{"throttle_rate": rate, "alpha": -0.5, "penalty": None} for rate in rates]
 
-    header, rows = diagnostics_rows(
-        {"AEGIS": [log(0.1, 0.5), [*log(0.9), {"step": 7, "summary": {}}]], "A-GEM": [log(0)]}
-    )
+    header, rows = diagnostics_rows({"AEGIS": [log(0.1, 0.5), [*log(0.9), {"cosine": None}]], "A-GEM": [log(0)]})
     cells = dict(zip(header, rows[0], strict=True))
     assert cells[""] == "AEGIS"
-    assert (cells["seeds"], cells["backward passes"]) == ("2", "3")
+    assert (cells["seeds"], cells["backward passes"]) == ("2", "4")
     assert cells["groups in conflict (%)"] == "50.0 (10.0 to 90.0)"
     assert cells["coefficient α"] == "−0.5 (−0.5 to −0.5)"
     # Nothing finite, and nothing logged.

@@ -215,3 +215,17 @@ def test_no_machine_is_told_of(tmp_path):
         assert not re.search(r"(/data|/home|/tmp)\b", text)
         assert str(tmp_path) not in text
     assert "all of it in naive.log" in (folder / "results.md").read_text()
+
+
+def test_combinations_that_add_a_gradient_shed_no_energy(tmp_path):
+    runs = {0: {"energy_shed": -138.8, "throttle_rate": 0.5}}
+    folder = comparison(tmp_path, {"a_gem": {0: {"energy_shed": 0.25}}, "pcgrad": runs})
+    settings = json.loads((folder / "compare.json").read_text())
+    settings["conditions"] = {"a_gem": {"combiner": "one_sided"}, "pcgrad": {"combiner": "pcgrad"}}
+    (folder / "compare.json").write_text(json.dumps(settings))
+    results = collect_results(folder)
+    text = markdown_table(results)
+    assert (row(text, "a_gem")["energy shed (%)"], row(text, "pcgrad")["energy shed (%)"]) == ("25.00", "–")
+    assert row(text, "pcgrad")["throttle rate (%)"] == "50.0"
+    # What the run noted is not hidden.
+    assert results["runs"][1]["energy_shed"] == -138.8
