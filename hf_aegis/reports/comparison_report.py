@@ -29,14 +29,13 @@ FIGURES_FOLDER = "figures"
 _BY_TYPE = ("vqa_accuracy_by_answer_type.", "vqa_accuracy_by_type.")
 _COST = ("step_ms", "peak_memory_mb", "trainable_parameters")
 _ANSWERS = ("vqa_cross_entropy", "vqa_accuracy", "vqa_accuracy_change", "vqa_any_match")
-_ACTIONS = ("flow_mse", "action_mse", "fast_action_mse", "fast_decode_failures")
+_ACTIONS = ("flow_mse", "action_mse")
+_FAST = ("fast_action_mse", "fast_decode_failures")
 _MEANINGS = {
     "vqa_accuracy_change": "the change of the accuracy against the model before fine-tuning",
     "vqa_any_match": "the share of answers that any annotator gave",
     "flow_mse": "mean squared error of the velocity on held-out demonstrations",
     "action_mse": "mean squared error of sampled action chunks there, in squared normalised units",
-    "fast_action_mse": "the same of the chunks that the FAST head generates",
-    "fast_decode_failures": "how many of those did not decode to a whole chunk",
 }
 
 
@@ -110,14 +109,12 @@ def _what_was_run(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]])
             f"Before fine-tuning the model answers {100 * before['vqa_accuracy']:.1f} % of the final questions "
             f"correctly, at a cross-entropy of {before['vqa_cross_entropy']:.3f} nats per token."
         )
-    unfinished = [
-        f"{name}, seed {seed}"
+    unfinished = {
+        name: [str(seed) for seed in seeds if seed not in {run.seed for run in logs.get(name, ())}]
         for name in settings["conditions"]
-        for seed in seeds
-        if seed not in {run.seed for run in logs.get(name, ())}
-    ]
-    if unfinished:
-        facts.append(f"Not finished, and left out everywhere: {'; '.join(unfinished)}.")
+    }
+    if told := [f"{name}, seed {', '.join(missing)}" for name, missing in unfinished.items() if missing]:
+        facts.append(f"Not finished, and left out everywhere: {'; '.join(told)}.")
     facts += [f"Failed: {run['condition']}, seed {run['seed']}: {run['error']}" for run in results["failed"]]
     for kind, what in (("train", "training data"), ("held_out", "held-out demonstrations"), ("vqa", "questions")):
         found = {run.fingerprints().get(kind) for runs in logs.values() for run in runs} - {None}
@@ -139,20 +136,35 @@ def _what_was_run(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]])
 
 def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> list[str]:
     by_key = {column.key: column for column in COLUMNS}
-    answers, actions, cost = (
-        measured_columns(results, [by_key[key] for key in keys]) for keys in (_ANSWERS, _ACTIONS, _COST)
+    answers, actions, fast, cost = (
+        measured_columns(results, [by_key[key] for key in keys]) for keys in (_ANSWERS, _ACTIONS, _FAST, _COST)
     )
-    of_types = _by_type(results)
     meanings = [_MEANINGS[column.key] for column in (*answers, *actions) if column.key in _MEANINGS]
     blocks = [
         html.heading("Results", anchor="results"),
-        html.table(*_table(results, logs, [*answers, *of_types, *actions])),
+        html.table(*_table(results, logs, [*answers, *actions])),
         html.paragraph(
-            f"After training: cross-entropy (CE) and accuracy on the final questions; {'; '.join(meanings)}."
-            f"{' Named columns are the accuracy by type of question or answer.' if of_types else ''} Mean ± standard "
-            "deviation (n − 1) over seeds; a single seed has none. –: not measured."
+            f"After training: cross-entropy (CE) and accuracy on the final questions; {'; '.join(meanings)}. Mean ± "
+            "standard deviation (n − 1) over seeds; a single seed has none. –: not measured."
         ),
     ]
+    if of_types := _by_type(results):
+        blocks += [
+            html.heading("Accuracy by type of question or answer", level=3),
+            html.table(*_table(results, logs, of_types)),
+        ]
+    if fast:
+        generating = {
+            name: runs for name, runs in logs.items() if results["conditions"][name]["measures"].keys() & _FAST
+        }
+        blocks += [
+            html.heading("Actions of the FAST head", level=3),
+            html.table(*_table(results, generating, fast, before=False)),
+            html.paragraph(
+                "The same open-loop error, of the chunks that the discrete head generates as tokens, and how many of "
+                "these did not decode to a whole chunk; those have no error."
+            ),
+        ]
     if cost:
         jobs = (results["machine"] or {}).get("jobs", 1)
         beside = f" Steps were timed with {jobs} processes side by side on one machine." if jobs > 1 else ""

@@ -245,3 +245,6 @@ def test_types_of_answer_are_told_rather_than_of_question(tmp_path, write_compar
     assert "open-loop action MSE" in text
     assert "mean squared error of sampled action chunks" in text
     assert "FAST head" not in text
+    path.write_text(json.dumps(result | {"fast_action_mse": None, "fast_decode_failures": 12}))
+    write_report(folder)
+    assert "FAST chunks not decodable" in Page((folder / "report.html").read_text()).text
