@@ -162,7 +162,7 @@ def test_save_and_load_are_exact(fast, tmp_path):
     assert "processor_config.json" in names
     for name in ("tokenizer.json", "processor_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    # Counters are of a session, not of the tokenizer.
+    # Counters are of one process, not of the tokenizer.
     assert loaded.decoded_chunks == 20
     assert FASTTokenizer.from_pretrained(tmp_path / "two").decoded_chunks == 0
 
