@@ -12,7 +12,7 @@ import yaml
 
 from hf_aegis.cli import build_parser, demo
 from hf_aegis.cli.conditions import check_runnable, resolve_anchors, resolve_conditions
-from hf_aegis.cli.recipe import parse_recipe
+from hf_aegis.cli.recipe import merged, parse_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -184,9 +184,21 @@ def command_of(recipe):
     return ["train"]
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_parse_and_keep_their_values(recipe):
+def written_in(recipe):
+    """The values of a recipe, laid over those of the one that it extends."""
     values = yaml.safe_load(recipe.read_text())
+    below = values.pop("extends", None)
+    return values if below is None else merged(written_in(recipe.parent / below), values)
+
+
+# A base of comparisons is no recipe of a command.
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in sorted(RECIPES.glob("*.yaml")) if path.stem != "embedded_shared"],
+    ids=lambda path: path.stem,
+)
+def test_shipped_recipes_parse_and_keep_their_values(recipe):
+    values = written_in(recipe)
     command = command_of(recipe)
     if command is None:
         spec = importlib.util.spec_from_file_location(recipe.stem, recipe.with_suffix(".py"))
@@ -218,9 +230,7 @@ def test_every_condition_of_a_shipped_comparison_makes_a_run(recipe):
 
 
 def test_embedded_comparisons_share_their_settings_with_the_demo():
-    compared, ablated = (
-        yaml.safe_load((RECIPES / f"{name}_embedded.yaml").read_text()) for name in ("compare", "ablations")
-    )
+    compared, ablated = (written_in(RECIPES / f"{name}_embedded.yaml") for name in ("compare", "ablations"))
     assert compared["shared"] == ablated["shared"]
     assert compared["anchors"]["easy_vqa"] == ablated["anchors"]["easy_vqa"]
     assert compared["conditions"]["aegis"] == ablated["conditions"]["aegis"]
@@ -228,9 +238,11 @@ def test_embedded_comparisons_share_their_settings_with_the_demo():
     assert differ == {"eval_steps", "vqa_steps", "save_steps"}
 
 
-def test_the_recipe_of_the_demo_is_what_the_demo_runs():
-    recipe = yaml.safe_load((RECIPES / "embedded_aegis.yaml").read_text())
-    apart = {"output_dir", "anchor", "seed", "vqa_final_samples"}
+def test_the_embedded_recipe_trains_as_the_demo_does():
+    recipe = written_in(RECIPES / "embedded_aegis.yaml")
+    # Where it goes, and how often and by what it is measured.
+    apart = {"output_dir", "anchor", "seed", "vqa_final_samples", "vqa_steps", "vqa_accuracy", "eval_steps"}
+    apart |= {"save_strategy", "save_steps", "analysis_samples", "neuron_cosine_steps"}
     shared = demo.TRAINING | demo.CONDITIONS["aegis"]
     # What the demo leaves to the defaults may be spelt out, as a default.
     defaults = {name: default for name, default in _defaults().items() if name not in shared}
