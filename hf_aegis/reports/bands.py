@@ -26,8 +26,8 @@ def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def band(runs: Sequence[Records], key: str) -> Band:
     """
-    Mean of `key` over runs with other seeds. The band around it is one standard deviation (of a sample) to each side
-    for three runs or more, from the smaller to the larger of two, and has no width for one.
+    Mean of `key` over runs with other seeds. The band around it reaches from the smallest to the largest of them: of a
+    few runs that says more than a standard deviation, and it stays positive where the figure is.
     """
     found = [series(records, key) for records in runs]
     found = [(steps, values) for steps, values in found if len(steps)]
@@ -37,11 +37,7 @@ def band(runs: Sequence[Records], key: str) -> Band:
     # In the order in which they were logged.
     steps = np.asarray([step for step in found[0][0].tolist() if step in common])
     values = np.stack([of_run[np.isin(its, steps)] for its, of_run in found])
-    mean = values.mean(axis=0)
-    if len(values) > 2:
-        spread = values.std(axis=0, ddof=1)
-        return Band(steps, mean, mean - spread, mean + spread)
-    return Band(steps, mean, values.min(axis=0), values.max(axis=0))
+    return Band(steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -283,6 +283,4 @@ def _bands(runs: Mapping[str, Sequence[Records]]) -> str:
     if seeds[-1] == 1:
         return "One seed: how far runs scatter is unknown."
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    spread = "one standard deviation to each side" if seeds[-1] > 2 else "from the lower to the higher run"
-    also = " (between both runs where there are two)" if len(seeds) > 1 and 2 in seeds else ""
-    return f"Lines are means over {count} seeds, bands {spread}{also}."
+    return f"Lines are means over {count} seeds, bands reach from the lowest to the highest of them."
