@@ -3,6 +3,7 @@
 from hf_aegis.anchors.anchor import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, AnchorMismatchError
+from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.weight_hash import hash_layer_weights, named_base_parameters
 
 
@@ -10,6 +11,8 @@ __all__ = [
     "ActivationAnchor",
     "AnchorFingerprint",
     "AnchorMismatchError",
+    "InputSubspace",
+    "SubspaceOptions",
     "find_decoder_layers",
     "hash_layer_weights",
     "named_base_parameters",
