@@ -39,8 +39,14 @@ def plot_trade_off(
             x, dx = measures["flow_mse"]["mean"], measures["flow_mse"]["std"] or 0.0
             y, dy = (100 * (measures["vqa_accuracy"][key] or 0.0) for key in ("mean", "std"))
             look = {key: styles[name][key] for key in ("color", "marker")}
-            bars = {"capsize": 3, "elinewidth": 1.2, "linestyle": "", "markersize": 9, "markeredgecolor": "white"}
-            axis.errorbar(x, y, xerr=dx or None, yerr=dy or None, **look, **bars, zorder=3)
+            _, caps, bars = axis.errorbar(
+                *(x, y, dy or None, dx or None),
+                **{**look, "linestyle": "", "markersize": 9, "markeredgecolor": "white", "zorder": 4},
+                **{"capsize": 3, "elinewidth": 1.2},
+            )
+            # Where many conditions meet, the markers are what is to be seen.
+            for part in (*caps, *bars):
+                part.set(alpha=0.45, zorder=3)
             positions[name] = (x, y)
             boxes += [(x - dx, y, x + dx, y), (x, y - dy, x, y + dy)]
         if before is not None and before.get("vqa_accuracy") is not None:
