@@ -1,9 +1,12 @@
 """
 The dual backward: a task gradient, bent layer by layer so that it does not work against a reference direction.
 
+And the held subspace: linear layers that go on acting on anchored inputs as they did, whatever the optimiser does.
+
 Knows no robots and no particular model: it works on any Hugging Face decoder whose layers can be found.
 """
 
+from hf_aegis.gradients.certificate import Certificate, CertificateReport
 from hf_aegis.gradients.combiners import (
     COMBINERS,
     Combiner,
@@ -14,9 +17,13 @@ from hf_aegis.gradients.combiners import (
     make_combiner,
 )
 from hf_aegis.gradients.diagnostics import ProjectionReport
+from hf_aegis.gradients.freezing import freeze_unheld
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.held_subspace import HeldSubspace
+from hf_aegis.gradients.held_weight import HeldWeight
 from hf_aegis.gradients.layer_losses import DistillationLoss, LayerRecorder, TransportLoss
+from hf_aegis.gradients.linear_probes import LinearDeviation
 from hf_aegis.gradients.neuron_cosines import NeuronCosines
 from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
@@ -28,15 +35,20 @@ from hf_aegis.gradients.shield import GradientShield
 
 __all__ = [
     "COMBINERS",
+    "Certificate",
+    "CertificateReport",
     "Combiner",
     "DistillationLoss",
     "GradDrop",
     "GradientCombiner",
     "GradientProjector",
     "GradientShield",
+    "HeldSubspace",
+    "HeldWeight",
     "LayerLeakError",
     "LayerPenalty",
     "LayerRecorder",
+    "LinearDeviation",
     "LostGradientError",
     "NeuronCosines",
     "OneSidedGramSchmidt",
@@ -51,5 +63,6 @@ __all__ = [
     "TransportLoss",
     "TransportPenalty",
     "fisher_diagonal",
+    "freeze_unheld",
     "make_combiner",
 ]

@@ -1,0 +1,164 @@
+"""The linear layers of a model under the names that an anchor's subspaces have for them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_aegis.anchors import ActivationAnchor, find_decoder_layers, unwrap_model
+
+
+if TYPE_CHECKING:
+    from hf_aegis.anchors import InputSubspace
+
+
+LAYERS = "layers"
+# Modules that only stand around another one, and that a name does not count.
+_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
+# A basis stored in bfloat16 is not quite orthonormal; one that is further off is something else.
+_ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """
+    A linear layer, possibly with adapters on it.
+
+    Attributes:
+        name (`str`): `layers.<i>.<path in the layer>`, or for a linear outside of the decoder layers its path from the
+            unwrapped model; either without what PEFT puts in between.
+        module (`torch.nn.Module`): What the model calls there: the linear, or PEFT's tuner layer around it.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def linear(self) -> nn.Module:
+        """The linear itself."""
+        return getattr(self.module, "base_layer", self.module)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether PEFT's tuner layer is around the linear."""
+        return self.linear is not self.module
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything but a bias trains here: the weight, or an adapter."""
+        parameters = self.module.named_parameters()
+        return any(p.requires_grad for name, p in parameters if name.rpartition(".")[2] != "bias")
+
+    @property
+    def in_decoder_layers(self) -> bool:
+        """Whether the linear is inside of one of the decoder layers."""
+        return self.name.startswith(f"{LAYERS}.")
+
+
+def find_linear_sites(model: nn.Module, layers: str | nn.ModuleList | None = None) -> list[LinearSite]:
+    """
+    Every linear layer of a model.
+
+    A module that PEFT copied for training (`modules_to_save`) counts as its copies, which are what runs, so that a
+    name can occur more than once.
+
+    Args:
+        model (`torch.nn.Module`): A Hugging Face model, wrapped or not.
+        layers (`str` or `torch.nn.ModuleList`, *optional*): Where the decoder layers are, if they cannot be found.
+
+    Returns:
+        `list[LinearSite]`: In the order of the model's modules.
+
+    Raises:
+        ValueError: If the decoder layers are not found.
+    """
+    return list(_walk(unwrap_model(model), "", find_decoder_layers(model, layers)))
+
+
+def subspaces_of(source: "ActivationAnchor | Mapping[str, InputSubspace] | Iterable[InputSubspace]") -> list[Any]:
+    """
+    The subspaces in an anchor, a mapping or an iterable of them.
+
+    Raises:
+        ValueError: If there are none, or two of them are for the same linear.
+    """
+    if isinstance(source, ActivationAnchor):
+        anchor: Any = source
+        subspaces = list(anchor.subspaces.values())
+        if not subspaces:
+            raise ValueError("this anchor was collected without subspaces: collect one with `subspaces=`")
+    else:
+        subspaces = list(source.values() if isinstance(source, Mapping) else source)
+        if not subspaces:
+            raise ValueError("no subspaces were given")
+    seen: set[str] = set()
+    for name in (name for subspace in subspaces for name in subspace.linears):
+        if name in seen:
+            raise ValueError(f"two subspaces are for the linear {name!r}")
+        seen.add(name)
+    return subspaces
+
+
+def sites_by_name(
+    model: nn.Module, subspaces: Iterable["InputSubspace"], layers: str | nn.ModuleList | None = None
+) -> dict[str, list[LinearSite]]:
+    """
+    The linears that subspaces are for.
+
+    Returns:
+        `dict[str, list[LinearSite]]`: By name, in the subspaces' order; more than one where PEFT made copies.
+
+    Raises:
+        ValueError: If the model lacks one of the linears, or its inputs have another width than the subspace.
+    """
+    found: dict[str, list[LinearSite]] = {}
+    for site in find_linear_sites(model, layers):
+        found.setdefault(site.name, []).append(site)
+    chosen = {}
+    for subspace in subspaces:
+        width = subspace.basis.shape[0]
+        for name in subspace.linears:
+            if name not in found:
+                raise ValueError(
+                    f"{type(unwrap_model(model)).__name__} has no linear {name!r}, which a subspace is for"
+                )
+            for site in found[name]:
+                if site.linear.in_features != width:
+                    raise ValueError(
+                        f"{name!r} has inputs of width {site.linear.in_features}, but its subspace has {width}"
+                    )
+            chosen[name] = found[name]
+    return chosen
+
+
+def orthonormal_basis(subspace: "InputSubspace") -> Tensor:
+    """
+    A subspace's basis `(in, k)` in float64 on the CPU, orthonormal to rounding even where it is stored in bfloat16;
+    its first columns go on spanning what they spanned.
+
+    Raises:
+        ValueError: If the stored basis is further from orthonormal than rounding explains.
+    """
+    orthonormal, triangle = torch.linalg.qr(subspace.basis.detach().cpu().double())
+    signs = triangle.diagonal().sign()
+    away = float((triangle - signs.diag()).abs().max())
+    if not away < _ROUNDING:
+        raise ValueError(f"the basis for {subspace.linears[0]!r} is not orthonormal: columns are off by {away:.2g}")
+    return orthonormal * signs
+
+
+def _walk(module: nn.Module, path: str, stack: nn.ModuleList) -> Iterator[LinearSite]:
+    if module is stack:
+        path = LAYERS
+    if isinstance(getattr(module, "base_layer", module), nn.Linear):
+        yield LinearSite(path, module)
+        return
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        for copy in copies.values():
+            yield from _walk(copy, path, stack)
+        return
+    for name, child in module.named_children():
+        yield from _walk(child, path if name in _TRANSPARENT else f"{path}.{name}".lstrip("."), stack)
