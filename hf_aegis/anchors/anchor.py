@@ -1,4 +1,7 @@
-"""The activation anchor: Gaussian moments of every decoder layer's output on the pre-training task's data."""
+"""
+The activation anchor: Gaussian moments of every decoder layer's output on the pre-training task's data, and principal
+subspaces of its linear layers' inputs.
+"""
 
 import copy
 import dataclasses
@@ -12,10 +15,12 @@ from torch import Tensor, nn
 
 from hf_aegis.anchors.collection import collect_moments
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
-from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.linear_inputs import LinearInputs
+from hf_aegis.anchors.merging import merged_moments, merged_subspaces
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
+from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions, check_groups
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
-from hf_aegis.functional.moments import Moments, merge_moments
 
 
 class ActivationAnchor:
@@ -30,10 +35,12 @@ class ActivationAnchor:
             Population variances; kept in float32.
         fingerprint ([`AnchorFingerprint`]):
             What the moments were collected from.
+        subspaces (`Mapping[str, InputSubspace]`, *optional*):
+            Principal subspaces of the linear layers' inputs, by the first layer of each.
 
     Raises:
-        ValueError: if the shapes differ from each other or from the fingerprint's, a value is not finite, or a
-            variance is negative.
+        ValueError: if the shapes differ from each other or from the fingerprint's, a value is not finite, a variance
+            is negative, or the fingerprint and `subspaces` disagree on whether there are any.
 
     Example:
 
@@ -44,7 +51,13 @@ class ActivationAnchor:
     ```
     """
 
-    def __init__(self, mean: Tensor, variance: Tensor, fingerprint: AnchorFingerprint):
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        fingerprint: AnchorFingerprint,
+        subspaces: Mapping[str, InputSubspace] | None = None,
+    ):
         expected = (fingerprint.num_layers, fingerprint.width)
         for name, tensor in (("mean", mean), ("variance", variance)):
             if tuple(tensor.shape) != expected:
@@ -56,9 +69,11 @@ class ActivationAnchor:
                 raise ValueError(f"anchor {name} holds values that are not finite")
         if bool((variance < 0).any()):
             raise ValueError("anchor variance holds negative values")
+        check_groups(subspaces or {}, fingerprint.subspace_options)
         self.mean = mean.detach().float()
         self.variance = variance.detach().float()
         self.fingerprint = fingerprint
+        self.subspaces: Mapping[str, InputSubspace] = dict(subspaces or {})
 
     @property
     def num_layers(self) -> int:
@@ -84,6 +99,7 @@ class ActivationAnchor:
         layers: str | nn.ModuleList | None = None,
         moments: str = "batch",
         tokens: str = "all",
+        subspaces: SubspaceOptions | None = None,
         dataset_id: str | None = None,
         num_batches: int | None = None,
         progress: bool = True,
@@ -108,6 +124,9 @@ class ActivationAnchor:
             tokens (`str`, *optional*, defaults to `"all"`):
                 Which of the attended tokens count: `"all"`, or `"image"` or `"text"` alone, which `input_ids` have to
                 tell. A [`~gradients.GradientShield`] takes it over from the anchor.
+            subspaces ([`SubspaceOptions`], *optional*):
+                Collects the principal subspaces of all linear layers' inputs as well, in the same pass, always over
+                all tokens that count, whatever `moments` says.
             dataset_id (`str`, *optional*):
                 Recorded in the fingerprint.
             num_batches (`int`, *optional*):
@@ -120,14 +139,23 @@ class ActivationAnchor:
 
         Raises:
             ValueError: if no layers are found, there are no or too few batches, an attention mask does not fit the
-                layers' tokens or leaves none of the chosen kind, a statistic is not finite, or the model has no image
-                tokens to tell from others.
+                layers' tokens or leaves none of the chosen kind, a statistic is not finite, the model has no image
+                tokens to tell from others, or a linear layer whose input's subspace is asked for does not run exactly
+                once in a forward pass, on one input per token.
         """
         stack = find_decoder_layers(model, layers)
         # Before the long part, so that weights that cannot be hashed do not cost a whole collection.
         description = describe_model(model, stack)
+        linear_inputs = None if subspaces is None else LinearInputs(model, stack, subspaces)
         collected = collect_moments(
-            model, batches, stack, moments=moments, tokens=tokens, num_batches=num_batches, progress=progress
+            model,
+            batches,
+            stack,
+            moments=moments,
+            tokens=tokens,
+            linear_inputs=linear_inputs,
+            num_batches=num_batches,
+            progress=progress,
         )
         fingerprint = AnchorFingerprint(
             **{
@@ -140,15 +168,20 @@ class ActivationAnchor:
                 "num_tokens": collected.num_tokens,
                 "num_batches": collected.num_batches,
                 "dataset_id": dataset_id,
+                "subspace_options": subspaces,
+                "format_version": 1 if subspaces is None else FORMAT_VERSION,
             }
         )
-        return cls(collected.mean, collected.variance, fingerprint)
+        found = None if linear_inputs is None else linear_inputs.subspaces(progress)
+        return cls(collected.mean, collected.variance, fingerprint, found)
 
     @classmethod
     def merge(cls, anchors: Sequence["ActivationAnchor"]) -> "ActivationAnchor":
         """
         One anchor from partial collections (e.g. one per process) of the same model, data set and policies: the
-        anchor that a single collection over all the batches would have given, to rounding.
+        anchor that a single collection over all the batches would have given, to rounding. Subspaces merge by what
+        the parts have kept of them: exactly, to rounding, only where nothing was truncated (`energy=1.0`, `max_rank`
+        no less than the widths and no sketch).
 
         Args:
             anchors (`Sequence[ActivationAnchor]`):
@@ -163,20 +196,9 @@ class ActivationAnchor:
         fingerprint = anchors[0].fingerprint
         for anchor in anchors[1:]:
             fingerprint = fingerprint.merged_with(anchor.fingerprint)
-        if fingerprint.moments == "pooled":
-            total = anchors[0]._pooled_moments()
-            for anchor in anchors[1:]:
-                total = merge_moments(total, anchor._pooled_moments())
-            return cls(total.mean, total.variance, fingerprint)
-        weights = torch.tensor([anchor.fingerprint.num_batches for anchor in anchors], dtype=torch.float64)
-        weights = (weights / weights.sum())[:, None, None]
-        mean = (torch.stack([anchor.mean.cpu().double() for anchor in anchors]) * weights).sum(dim=0)
-        variance = (torch.stack([anchor.variance.cpu().double() for anchor in anchors]) * weights).sum(dim=0)
-        return cls(mean, variance, fingerprint)
-
-    def _pooled_moments(self) -> Moments:
-        count = torch.tensor(float(self.fingerprint.num_tokens), dtype=torch.float64)
-        return Moments(count, self.mean.cpu().double(), self.variance.cpu().double() * count)
+        options = fingerprint.subspace_options
+        subspaces = None if options is None else merged_subspaces([anchor.subspaces for anchor in anchors], options)
+        return cls(*merged_moments(anchors), fingerprint, subspaces)
 
     def check_compatible(
         self, model: nn.Module, *, layers: str | nn.ModuleList | None = None, check: str = "weights"
@@ -214,7 +236,8 @@ class ActivationAnchor:
         Returns:
             `Path`: the folder.
         """
-        return write_anchor(folder, {"mean": self.mean, "variance": self.variance}, self.fingerprint.to_dict())
+        moments = {"mean": self.mean, "variance": self.variance}
+        return write_anchor(folder, moments, self.fingerprint, self.subspaces)
 
     @classmethod
     def from_pretrained(
@@ -255,20 +278,17 @@ class ActivationAnchor:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        tensors, fields = read_anchor(tensors_file, config_file)
+        moments, fingerprint, subspaces = read_anchor(tensors_file, config_file)
         try:
-            fingerprint = AnchorFingerprint.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"{config_file}: {error}") from error
-        try:
-            return cls(tensors["mean"], tensors["variance"], fingerprint)
+            return cls(moments["mean"], moments["variance"], fingerprint, subspaces)
         except ValueError as error:
             raise ValueError(f"{tensors_file}: {error}") from error
 
     def to(self, device: str | torch.device) -> "ActivationAnchor":
-        """A copy of this anchor with its moments on `device`."""
+        """A copy of this anchor with its moments and subspaces on `device`."""
         moved = copy.copy(self)
         moved.mean, moved.variance = self.mean.to(device), self.variance.to(device)
+        moved.subspaces = {key: subspace.to(device) for key, subspace in self.subspaces.items()}
         return moved
 
     def __eq__(self, other: object) -> bool:
@@ -278,6 +298,7 @@ class ActivationAnchor:
             self.fingerprint == other.fingerprint
             and torch.equal(self.mean.cpu(), other.mean.cpu())
             and torch.equal(self.variance.cpu(), other.variance.cpu())
+            and self.subspaces == other.subspaces
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -285,4 +306,7 @@ class ActivationAnchor:
     def __repr__(self) -> str:
         fields = dataclasses.asdict(self.fingerprint)
         shown = ("base_model", "dataset_id", "moments", "num_layers", "width", "num_samples", "num_tokens")
-        return f"ActivationAnchor({', '.join(f'{name}={fields[name]!r}' for name in shown)})"
+        described = [f"{name}={fields[name]!r}" for name in shown]
+        if self.subspaces:
+            described.append(f"subspaces={len(self.subspaces)}")
+        return f"ActivationAnchor({', '.join(described)})"

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import MOMENTS_POLICIES, decoder_config
+from hf_aegis.anchors.linear_inputs import LinearInputs
 from hf_aegis.anchors.token_kinds import check_tokens, find_image_token_id, select_tokens
 from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
 
@@ -117,11 +118,13 @@ def collect_moments(
     *,
     moments: str = "batch",
     tokens: str = "all",
+    linear_inputs: LinearInputs | None = None,
     num_batches: int | None = None,
     progress: bool = True,
 ) -> CollectedMoments:
     """
-    Runs the model over the batches and accumulates each layer's moments; see [`ActivationAnchor.collect`].
+    Runs the model over the batches and accumulates each layer's moments, and in the same pass what `linear_inputs`
+    observes; see [`ActivationAnchor.collect`].
 
     Raises:
         ValueError: for an unknown policy, a model without image tokens to tell from others, too few batches, a
@@ -136,7 +139,9 @@ def collect_moments(
     observer = LayerMoments(layers)
     device = _input_device(model)
     # The language-model head often costs more than all the layers, and its logits are thrown away.
-    accepts_logits_to_keep = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
+    skips_logits = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
+    if linear_inputs is not None and linear_inputs.observes(_output_embeddings(model)):
+        skips_logits = False
     total: Moments | None = None
     num_samples = num_tokens = seen = 0
     bar = tqdm(
@@ -146,16 +151,21 @@ def collect_moments(
         unit="batch",
         disable=not progress,
     )
-    with observer.attached(), evaluation_mode(model), _without_cache(decoder_config(model, layers)):
+    observed = nullcontext() if linear_inputs is None else linear_inputs.attached()
+    with observer.attached(), observed, evaluation_mode(model), _without_cache(decoder_config(model, layers)):
         for seen, batch in enumerate(bar, start=1):
             inputs = _forward_inputs(batch, device, batch_index=seen - 1)
-            if accepts_logits_to_keep:
+            if skips_logits:
                 inputs.setdefault("logits_to_keep", 1)
             mask = select_tokens(inputs.get("attention_mask"), inputs.get("input_ids"), tokens, image_token_id)
             observer.start_batch(mask)
+            if linear_inputs is not None:
+                linear_inputs.start_batch(mask)
             with torch.inference_mode():
                 model(**inputs)
             mean, variance, count = observer.batch_moments(seen - 1)
+            if linear_inputs is not None:
+                linear_inputs.end_batch(seen - 1)
             num_samples += observer.num_samples
             num_tokens += count
             total = _add_batch(total, mean, variance, count, moments)
@@ -195,6 +205,11 @@ def _input_device(model: nn.Module) -> torch.device:
     base = unwrap_model(model)
     embeddings = base.get_input_embeddings() if callable(getattr(base, "get_input_embeddings", None)) else base  # type: ignore[operator]
     return next(embeddings.parameters()).device
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    base = unwrap_model(model)
+    return base.get_output_embeddings() if callable(getattr(base, "get_output_embeddings", None)) else None  # type: ignore[operator]
 
 
 @contextmanager

@@ -12,12 +12,16 @@ from torch import nn
 
 import hf_aegis
 from hf_aegis.anchors.decoder_layers import unwrap_model
+from hf_aegis.anchors.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
 
 
-FORMAT_VERSION = 1
-"""Version of the anchor file format that this package writes; it refuses newer ones."""
+FORMAT_VERSION = 2
+"""
+Newest version of the anchor file format that this package reads and writes. Anchors with subspaces have version 2;
+those without have version 1, which older packages read as well.
+"""
 
 MOMENTS_POLICIES = ("batch", "pooled")
 
@@ -33,6 +37,7 @@ _MERGE_FIELDS = (
     "mask_policy",
     "moments",
     "dataset_id",
+    "subspace_options",
     "format_version",
 )
 _COUNT_FIELDS = ("num_samples", "num_tokens", "num_batches")
@@ -81,7 +86,9 @@ class AnchorFingerprint:
         package_version, torch_version, transformers_version (`str`, *optional*):
             Software that collected the anchor.
         format_version (`int`, *optional*, defaults to 1):
-            Version of the file format.
+            Version of the file format: 2 for an anchor with subspaces.
+        subspace_options ([`SubspaceOptions`], *optional*):
+            How the subspaces were collected, in an anchor that has them.
     """
 
     num_layers: int
@@ -100,7 +107,8 @@ class AnchorFingerprint:
     package_version: str = hf_aegis.__version__
     torch_version: str = torch.__version__
     transformers_version: str = dataclasses.field(default_factory=lambda: version("transformers"))
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+    subspace_options: SubspaceOptions | None = None
 
     def __post_init__(self) -> None:
         if self.moments not in MOMENTS_POLICIES:
@@ -111,6 +119,11 @@ class AnchorFingerprint:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
+        if (expected := 1 if self.subspace_options is None else 2) != self.format_version:
+            having = "without" if self.subspace_options is None else "with"
+            raise ValueError(
+                f"an anchor {having} subspaces has format_version {expected}, found {self.format_version}"
+            )
 
     @property
     def tokens(self) -> str:
@@ -118,8 +131,11 @@ class AnchorFingerprint:
         return next(tokens for tokens, policy in MASK_POLICIES.items() if policy == self.mask_policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary that JSON can hold."""
-        return dataclasses.asdict(self)
+        """The fields as a dictionary that JSON can hold; `subspace_options` only where there are subspaces."""
+        fields = dataclasses.asdict(self)
+        if self.subspace_options is None:
+            del fields["subspace_options"]
+        return fields
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AnchorFingerprint":
@@ -130,9 +146,11 @@ class AnchorFingerprint:
             ValueError: if fields are missing, unknown or out of range; they are named.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        missing, unknown = sorted(known - set(values) - {"subspace_options"}), sorted(set(values) - known)
         if missing or unknown:
             raise ValueError(f"anchor fingerprint: missing keys {missing}, unknown keys {unknown}")
+        if (options := values.get("subspace_options")) is not None:
+            values = {**values, "subspace_options": SubspaceOptions.from_dict(options)}
         return cls(**values)
 
     def merged_with(self, other: "AnchorFingerprint") -> "AnchorFingerprint":

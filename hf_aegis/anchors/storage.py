@@ -1,11 +1,13 @@
-"""Anchor files: `anchor.safetensors` (the moments) and `anchor_config.json` (what they were collected from)."""
+"""
+Anchor files: `anchor.safetensors` (moments, and bases and energies of subspaces) and `anchor_config.json` (what they
+were collected from, and which linear layers each subspace is for).
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 from huggingface_hub import hf_hub_download
@@ -13,16 +15,24 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_aegis.anchors.fingerprint import FORMAT_VERSION
+from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint
+from hf_aegis.anchors.subspace_storage import pack_subspaces, tensor_names, unpack_subspaces
+from hf_aegis.anchors.subspaces import InputSubspace
 from hf_aegis.atomic_files import write_bytes
 
 
 ANCHOR_TENSORS = "anchor.safetensors"
 ANCHOR_CONFIG = "anchor_config.json"
 ANCHOR_TYPE = "activation"
+GROUPS = "subspaces"
 
 
-def write_anchor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], fingerprint: dict[str, Any]) -> Path:
+def write_anchor(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    fingerprint: AnchorFingerprint,
+    subspaces: Mapping[str, InputSubspace],
+) -> Path:
     """
     Writes both files, each atomically, and the hash of the tensors into the configuration, so that a pair of which
     only one half was replaced is noticed when it is read.
@@ -32,10 +42,14 @@ def write_anchor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    apart, groups = pack_subspaces(subspaces)
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **apart}.items()}, {"format": "pt"}
+    )
     config = {
         "anchor_type": ANCHOR_TYPE,
-        **fingerprint,
+        **fingerprint.to_dict(),
+        **({GROUPS: groups} if groups else {}),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     write_bytes(target / ANCHOR_TENSORS, data)
@@ -43,12 +57,14 @@ def write_anchor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     return target
 
 
-def read_anchor(tensors_file: Path, config_file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_anchor(
+    tensors_file: Path, config_file: Path
+) -> tuple[dict[str, Tensor], AnchorFingerprint, dict[str, InputSubspace]]:
     """
     Reads both files.
 
     Returns:
-        `tuple`: `mean` and `variance` by name, and the fields of the fingerprint.
+        `tuple`: `mean` and `variance` by name, the fingerprint, and the subspaces, if any.
 
     Raises:
         ValueError: if a file is corrupt, is no anchor, or has a newer format; the file and the key are named.
@@ -77,10 +93,19 @@ def read_anchor(tensors_file: Path, config_file: Path) -> tuple[dict[str, Tensor
         tensors = load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{tensors_file} is not a safetensors file: {error}") from error
-    if set(tensors) != {"mean", "variance"}:
-        raise ValueError(f"{tensors_file} holds the keys {sorted(tensors)}, expected ['mean', 'variance']")
-    fingerprint = {name: value for name, value in config.items() if name not in ("anchor_type", "tensors_sha256")}
-    return tensors, fingerprint
+    groups = config.get(GROUPS, {})
+    if not isinstance(groups, dict):
+        raise ValueError(f"{config_file}: key {GROUPS!r} is {groups!r}, expected a mapping")
+    expected = {"mean", "variance", *tensor_names(groups)}
+    if set(tensors) != expected:
+        raise ValueError(f"{tensors_file} holds the keys {sorted(tensors)}, expected {sorted(expected)}")
+    apart = ("anchor_type", "tensors_sha256", GROUPS)
+    try:
+        fingerprint = AnchorFingerprint.from_dict({key: value for key, value in config.items() if key not in apart})
+        subspaces = unpack_subspaces(tensors, groups)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    return {name: tensors[name] for name in ("mean", "variance")}, fingerprint, subspaces
 
 
 def locate_anchor(

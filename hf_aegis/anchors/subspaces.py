@@ -96,8 +96,8 @@ class InputSubspace:
             The layers that read this input, e.g. query, key and value projections. Those inside the decoder layers
             are called `layers.<index>.<path in the layer>`, others by their path in the unwrapped model without PEFT.
         basis (`Tensor` of shape `(in, k)`):
-            Orthonormal columns, by falling energy. In bfloat16 they are orthonormal to its rounding only; see
-            [`~InputSubspace.orthonormal_basis`].
+            Orthonormal columns, by falling energy. In bfloat16 they are so to its rounding only: whoever needs them
+            orthonormal has to orthonormalise them again.
         energies (`Tensor` of shape `(k,)`):
             Eigenvalues: the mean of (uᵀx)² for each column u.
         total_energy (`float`):
@@ -171,16 +171,6 @@ class InputSubspace:
         rank = rank_for_energy(self.energies, self.total_energy, energy, min_rank, highest)
         return dataclasses.replace(self, basis=self.basis[:, :rank], energies=self.energies[:rank])
 
-    def orthonormal_basis(self) -> Tensor:
-        """
-        The basis in float32, orthonormal to float32's rounding: one that is stored in bfloat16 is orthonormalised
-        again, column by column from the first, which moves it by no more than its rounding.
-        """
-        if self.basis.dtype != torch.bfloat16:
-            return self.basis.float()
-        orthonormal, triangle = torch.linalg.qr(self.basis.float())
-        return orthonormal * triangle.diagonal().sign()
-
     def to(self, device: str | torch.device) -> "InputSubspace":
         """A copy of this subspace with its tensors on `device`."""
         moved = copy.copy(self)  # what was checked once is not checked again, which would wait for the device
@@ -205,3 +195,24 @@ class InputSubspace:
             f"InputSubspace(linears={self.linears!r}, width={self.width}, rank={self.rank}, "
             f"energy_share={self.energy_share:.6f})"
         )
+
+
+def check_groups(subspaces: Mapping[str, InputSubspace], options: SubspaceOptions | None) -> None:
+    """
+    Refuses subspaces that an anchor cannot have.
+
+    Raises:
+        ValueError: if there are some without options or none with them, one does not have its first linear layer for
+            a key, or a linear layer has two.
+    """
+    if bool(subspaces) != (options is not None):
+        raise ValueError(
+            f"an anchor has subspaces and their options or neither, found {len(subspaces)} subspaces and {options}"
+        )
+    owners: dict[str, str] = {}
+    for key, subspace in subspaces.items():
+        if key != subspace.linears[0]:
+            raise ValueError(f"the subspace of {subspace.linears[0]} has the key {key!r}, expected its first linear")
+        for name in subspace.linears:
+            if owners.setdefault(name, key) != key:
+                raise ValueError(f"linear layer {name} has two subspaces, {owners[name]!r} and {key!r}")

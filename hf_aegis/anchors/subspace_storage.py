@@ -1,0 +1,57 @@
+"""Subspaces as tensors and as what JSON can hold beside them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hf_aegis.anchors.subspaces import InputSubspace
+
+
+_TENSORS = ("basis", "energies")
+_FIELDS = {"linears": list, "total_energy": float, "num_inputs": int}
+
+
+def tensor_names(keys: Iterable[str]) -> set[str]:
+    """Names of the tensors of subspaces with these keys."""
+    return {_name(key, part) for key in keys for part in _TENSORS}
+
+
+def pack_subspaces(subspaces: Mapping[str, InputSubspace]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """
+    Takes subspaces apart.
+
+    Returns:
+        `tuple`: tensors called `subspaces.<key>.basis` and `subspaces.<key>.energies`, and by key the other fields.
+    """
+    tensors = {_name(key, part): getattr(space, part) for key, space in subspaces.items() for part in _TENSORS}
+    groups = {
+        key: {name: kind(getattr(space, name)) for name, kind in _FIELDS.items()} for key, space in subspaces.items()
+    }
+    return tensors, groups
+
+
+def unpack_subspaces(
+    tensors: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Any]]
+) -> dict[str, InputSubspace]:
+    """
+    The inverse of [`pack_subspaces`]; other tensors do not matter.
+
+    Raises:
+        ValueError: if fields are missing, unknown or of the wrong type, or do not make a subspace; its key is named.
+    """
+    subspaces = {}
+    for key, fields in groups.items():
+        found = {name: type(value) for name, value in fields.items()} if isinstance(fields, Mapping) else fields
+        if found != _FIELDS or not all(isinstance(name, str) for name in fields["linears"]):
+            raise ValueError(
+                f"subspace {key!r} is {fields!r}, expected linears (a list of names), total_energy (a float) and "
+                "num_inputs (an integer)"
+            )
+        parts: dict[str, Any] = {part: tensors[_name(key, part)] for part in _TENSORS}
+        subspaces[key] = InputSubspace(**{**fields, **parts, "linears": tuple(fields["linears"])})
+    return subspaces
+
+
+def _name(key: str, part: str) -> str:
+    return f"subspaces.{key}.{part}"
