@@ -10,7 +10,7 @@ from hf_aegis.gradients.projector import GRANULARITIES
 from hf_aegis.gradients.shield import DUAL_BACKWARDS
 
 
-PRESERVE = ("projection", "none")
+PRESERVE = ("projection", "subspace", "both", "none")
 REFERENCES = ("transport", "replay")
 LAYER_PENALTIES = ("transport", "distillation")
 WEIGHT_PENALTIES = ("l2sp", "ewc")
@@ -27,7 +27,9 @@ class AEGISConfig(TrainingArguments):
     Args:
         preserve (`str`, *optional*, defaults to `"projection"`):
             How the pre-trained knowledge is kept: `"projection"` combines the task's gradient with a reference
-            gradient, group by group; `"none"` leaves it as it is, and without `penalties` trains as a plain `Trainer`.
+            gradient, group by group; `"subspace"` restores, after each optimiser step, how the linear layers act on
+            the anchored inputs ([`~gradients.HeldSubspace`]); `"both"` does both. `"none"` leaves gradients and
+            weights as they are, and without `penalties` trains as a plain `Trainer`.
         reference (`str`, *optional*, defaults to `"transport"`):
             What the reference gradient is of: `"transport"`, the anchor's penalty on the task batch (AEGIS), or
             `"replay"`, the loss on a batch of the trainer's `replay_dataset` (as in A-GEM).
@@ -58,6 +60,22 @@ class AEGISConfig(TrainingArguments):
             Weight \\(\lambda\\) of the transport penalty that is the reference.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
             Damping of the projection's denominator; GradDrop has none.
+        subspace_energy (`float`, *optional*):
+            Share of the energy of the anchored inputs in the subspaces that are held, from 0 to 1; all directions that
+            the anchor has by default.
+        subspace_energies (`dict[str, float]`, *optional*):
+            The same for single linear layers, by patterns of their names such as `"layers.0.*"`; the first that fits
+            goes before `subspace_energy`.
+        subspace_softness (`float`, *optional*, defaults to `0.0`):
+            Above 0, directions are brought back in proportion to their energy rather than entirely.
+        subspace_steps (`int`, *optional*, defaults to `1`):
+            Optimiser steps between restorations. The weights of a checkpoint may be a few steps from the last one;
+            when training ends they are restored in any case.
+        freeze_unheld (`bool`, *optional*, defaults to `True`):
+            With held subspaces, freezes what else could change the decoder's answers: norms, biases and embeddings.
+        certificate_steps (`int`, *optional*, defaults to `0`):
+            Steps between measurements of how far layers and logits have gone from the pre-trained model's, on the
+            trainer's `certificate_batches`; 0 measures at the end alone.
         decoder_layers (`str`, *optional*):
             Dotted path of the decoder layers, for models where they cannot be found.
         expert_learning_rate (`float`, *optional*, defaults to `1e-4`):
@@ -108,6 +126,14 @@ class AEGISConfig(TrainingArguments):
     )
     penalty_scale: float = field(default=1.0, metadata={"help": "Weight of the transport penalty."})
     projection_eps: float = field(default=1e-12, metadata={"help": "Damping of the projection's denominator."})
+    subspace_energy: float | None = field(default=None, metadata={"help": "Share of the inputs' energy to hold."})
+    subspace_energies: dict[str, float] | None = field(
+        default=None, metadata={"help": "The same by patterns of the linear layers' names, as JSON."}
+    )
+    subspace_softness: float = field(default=0.0, metadata={"help": "Holds directions by their energy, not entirely."})
+    subspace_steps: int = field(default=1, metadata={"help": "Optimiser steps between restorations."})
+    freeze_unheld: bool = field(default=True, metadata={"help": "Freeze norms, biases and embeddings."})
+    certificate_steps: int = field(default=0, metadata={"help": "Steps between measurements of the certificate."})
     decoder_layers: str | None = field(default=None, metadata={"help": "Dotted path of the decoder layers."})
     expert_learning_rate: float | None = field(default=1e-4, metadata={"help": "Learning rate of the action expert."})
     expert_modules: list[str] | None = field(default=None, metadata={"help": "Paths of the action expert's modules."})
@@ -127,30 +153,47 @@ class AEGISConfig(TrainingArguments):
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        for name in ("penalty_scale", "projection_eps", "vqa_steps", "fisher_samples"):
+        for name in ("penalty_scale", "projection_eps", "vqa_steps", "fisher_samples", "subspace_steps"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive, found {value}")
         if self.expert_learning_rate is not None and not self.expert_learning_rate >= 0:
             raise ValueError(f"expert_learning_rate must not be negative, found {self.expert_learning_rate}")
         if self.replay_batch_size is not None and self.replay_batch_size < 1:
             raise ValueError(f"replay_batch_size must be at least 1, found {self.replay_batch_size}")
-        if self.neuron_cosine_steps < 0:
-            raise ValueError(f"neuron_cosine_steps must not be negative, found {self.neuron_cosine_steps}")
+        for name in ("neuron_cosine_steps", "certificate_steps", "subspace_softness"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, found {value}")
+        shares = {"subspace_energy": self.subspace_energy} | {
+            f"subspace_energies[{pattern!r}]": share for pattern, share in (self.subspace_energies or {}).items()
+        }
+        for name, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], found {share}")
         self._check_composition()
         if not 0 <= self.expert_ema_decay < 1:
             raise ValueError(f"expert_ema_decay must lie in [0, 1), found {self.expert_ema_decay}")
 
     @property
+    def projects(self) -> bool:
+        """Whether the task's gradient is combined with a reference gradient."""
+        return self.preserve in ("projection", "both")
+
+    @property
+    def holds_subspaces(self) -> bool:
+        """Whether subspaces of the linear layers' inputs are held."""
+        return self.preserve in ("subspace", "both")
+
+    @property
     def needs_anchor(self) -> bool:
         """Whether training uses an anchor."""
-        projected = self.preserve == "projection" and self.reference == "transport"
-        return projected or "transport" in (self.penalties or {})
+        transported = self.projects and self.reference == "transport"
+        return transported or self.holds_subspaces or "transport" in (self.penalties or {})
 
     @property
     def needs_replay(self) -> bool:
         """Whether training uses a `replay_dataset`."""
-        projected = self.preserve == "projection" and self.reference == "replay"
-        return projected or not {"replay", "ewc"}.isdisjoint(self.penalties or {})
+        replayed = self.projects and self.reference == "replay"
+        return replayed or not {"replay", "ewc"}.isdisjoint(self.penalties or {})
 
     def _check_composition(self) -> None:
         for name, weight in (self.penalties or {}).items():
@@ -158,9 +201,14 @@ class AEGISConfig(TrainingArguments):
                 raise ValueError(f"penalties: unknown key {name!r}, expected some of {list(PENALTIES)}")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise ValueError(f"penalties: the weight of {name!r} must be a positive number, found {weight!r}")
-        if self.preserve == "none":
+        if not self.holds_subspaces:
             self._refuse_without_effect(
-                'preserve="none"',
+                f'preserve="{self.preserve}"',
+                *("subspace_energy", "subspace_energies", "subspace_softness", "subspace_steps", "freeze_unheld"),
+            )
+        if not self.projects:
+            self._refuse_without_effect(
+                f'preserve="{self.preserve}"',
                 *("reference", "combiner", "granularity", "penalty_scale", "projection_eps", "dual_backward"),
             )
         elif self.reference == "transport":
@@ -184,8 +232,8 @@ class AEGISConfig(TrainingArguments):
                     'batch\'s gradient with itself; use combiner="pcgrad" to follow both losses, or preserve="none" '
                     "to add them"
                 )
-        if self.neuron_cosine_steps and (self.preserve == "none" or self.reference != "transport"):
-            raise ValueError('neuron_cosine_steps needs preserve="projection" and reference="transport"')
+        if self.neuron_cosine_steps and not (self.projects and self.reference == "transport"):
+            raise ValueError('neuron_cosine_steps needs preserve="projection" or "both", and reference="transport"')
 
     def _refuse_without_effect(self, with_what: str, *names: str) -> None:
         defaults = {each.name: each.default for each in fields(self)}

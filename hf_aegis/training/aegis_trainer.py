@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.gradients import GradientShield
+from hf_aegis.gradients import Certificate, GradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
     ExpertEMACallback,
@@ -22,10 +22,12 @@ from hf_aegis.training.callbacks import (
     ProjectionCallback,
     VQACallback,
 )
+from hf_aegis.training.certificate_callback import CertificateCallback
 from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
@@ -76,6 +78,9 @@ class AEGISTrainer(Trainer):
         replay_collator (`Callable`, *optional*):
             From a list of them to a batch on which the model has a loss. By default [`~data.vqa.VQACollator`] for a
             [`PaliGemmaFlowForAction`], else the `data_collator`.
+        certificate_batches (`Iterable[Mapping]`, *optional*):
+            Forward arguments, few of them and none that the anchor has seen, on which it is measured how far layers
+            and logits go from the pre-trained model's; see [`~gradients.Certificate`]. Needs an anchor with subspaces.
         kwargs: All other arguments of the Trainer.
 
     Raises:
@@ -99,6 +104,7 @@ class AEGISTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         replay_dataset: Any = None,
         replay_collator: Callable[[list[Any]], Any] | None = None,
+        certificate_batches: Iterable[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(model, args)
@@ -112,7 +118,9 @@ class AEGISTrainer(Trainer):
             processing_class, data_collator = action_collator(model, processing_class, train_dataset)
         if replay_dataset is not None and replay_collator is None:
             replay_collator = question_collator(model, processing_class) or data_collator
-        if anchor is not None and args.needs_anchor:
+        if certificate_batches is not None and anchor is None:
+            raise ValueError("certificate_batches need an anchor with subspaces")
+        if anchor is not None and (args.needs_anchor or certificate_batches is not None):
             anchor.check_compatible(model, layers=args.decoder_layers)
         # The first thing that changes the model, after all that may refuse it.
         _freeze(model, args.frozen_modules)
@@ -134,9 +142,13 @@ class AEGISTrainer(Trainer):
         if args.needs_replay:
             size = args.replay_batch_size or args.per_device_train_batch_size
             replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed)
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self._expert}
-        self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, trained)
+        self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, self._trained)
         self.shield = self.preservation.shield
+        if self.preservation.held is not None:
+            self.add_callback(HeldSubspaceCallback(self.preservation.held))
+        if certificate_batches is not None:
+            certificate = self._certificate(certificate_batches)
+            self.add_callback(CertificateCallback(certificate, args.output_dir, args.certificate_steps, self.log))
         self._micro_batch = (-1, 0)
         self._task_means, self._evaluation_means = RunningMeans(), RunningMeans()
         self._projection: ProjectionCallback | None = None
@@ -229,6 +241,16 @@ class AEGISTrainer(Trainer):
         flow = outputs.get("flow_mse") if isinstance(outputs, dict) else None
         if flow is not None:
             means.add("flow_mse", flow, weight=len(inputs["actions"]))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """All that trains but the action expert, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self._expert}
+
+    def _certificate(self, batches: Iterable[Mapping[str, Any]]) -> Certificate:
+        assert self.anchor is not None
+        held = self.preservation.held
+        ranks = None if held is None else held.ranks
+        return Certificate(self.model, batches, self.anchor, ranks=ranks, layers=self.args.decoder_layers)
 
     def _replay_loss(self, batch: Any) -> Tensor:
         inputs = self._prepare_inputs(batch)
@@ -379,7 +401,9 @@ def _freeze(model: nn.Module, names: list[str] | None) -> None:
 
 def _because(args: AEGISConfig, name: str) -> str:
     """The argument that asks for `name`, as its user wrote it."""
-    if args.preserve == "projection" and args.reference == name:
-        return f'preserve="projection" with reference="{name}"'
+    if args.holds_subspaces and name == "transport":
+        return f'preserve="{args.preserve}"'
+    if args.projects and args.reference == name:
+        return f'preserve="{args.preserve}" with reference="{name}"'
     wanted = ("replay", "ewc") if name == "replay" else (name,)
     return f"penalties={ ({key: weight for key, weight in (args.penalties or {}).items() if key in wanted}) }"

@@ -12,6 +12,7 @@ from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.gradients import (
     DistillationLoss,
     GradientShield,
+    HeldSubspace,
     QuadraticPenalty,
     ReplayShield,
     TransportLoss,
@@ -28,10 +29,10 @@ _FISHER_STREAM = 1
 
 class Preservation:
     """
-    The reference gradient, the added losses and the weight penalties of one training.
+    The held subspaces, the reference gradient, the added losses and the weight penalties of one training.
 
-    The model's weights at construction are what is to be kept: they are the teacher of `"distillation"` and the centre
-    of `"l2sp"` and `"ewc"`, in a resumed training too.
+    The model's weights at construction are what is to be kept: they are what the subspaces are held at, the teacher of
+    `"distillation"` and the centre of `"l2sp"` and `"ewc"`, in a resumed training too.
 
     Args:
         model (`torch.nn.Module`): What is trained.
@@ -39,12 +40,14 @@ class Preservation:
         anchor ([`ActivationAnchor`], *optional*): For those that need it.
         replay ([`ReplayBatches`], *optional*): For those that need it.
         replay_loss (`Callable`): The model's loss on a replayed batch.
-        weights (`Mapping[str, torch.nn.Parameter]`):
-            What `"l2sp"` and `"ewc"` hold: all that trains but the action expert.
+        kept (`Callable`):
+            Gives what `"l2sp"` and `"ewc"` hold, by name: all that trains but the action expert. It is asked after
+            held subspaces have frozen what they need frozen.
 
     Attributes:
+        held ([`HeldSubspace`], *optional*): What restores the subspaces after each optimiser step.
         shield ([`GradientShield`] or [`ReplayShield`], *optional*): What combines task and reference gradients.
-        weights (`dict[str, torch.nn.Parameter]`): As given.
+        weights (`dict[str, torch.nn.Parameter]`): What `kept` gave.
         means ([`RunningMeans`]): Of the added losses, unweighted, as `<name>_loss`.
     """
 
@@ -55,10 +58,11 @@ class Preservation:
         anchor: ActivationAnchor | None,
         replay: ReplayBatches | None,
         replay_loss: Callable[[Any], Tensor],
-        weights: Mapping[str, Parameter],
+        kept: Callable[[], Mapping[str, Parameter]],
     ) -> None:
         penalties = args.penalties or {}
-        self.weights = dict(weights)
+        self.held = self._hold(model, args, anchor) if args.holds_subspaces else None
+        self.weights = weights = dict(kept())
         self.means = RunningMeans()
         self._number, self._share = 0, 1.0
         self._penalties = penalties
@@ -116,10 +120,26 @@ class Preservation:
         weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
         return {**self.means.read(), **weights}
 
+    @staticmethod
+    def _hold(model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
+        assert anchor is not None
+        energy: Any = args.subspace_energy
+        if args.subspace_energies:
+            energy = args.subspace_energies | {"*": 1.0 if energy is None else energy}
+        return HeldSubspace(
+            model,
+            anchor,
+            energy=energy,
+            softness=args.subspace_softness,
+            layers=args.decoder_layers,
+            freeze=args.freeze_unheld,
+            every=args.subspace_steps,
+        )
+
     def _make_shield(
         self, model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None
     ) -> GradientShield | ReplayShield | None:
-        if args.preserve == "none":
+        if not args.projects:
             return None
         options: dict[str, Any] = {
             "granularity": args.granularity,

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from hf_aegis.training.run_inputs import (
     load_replayed_questions,
 )
 from hf_aegis.training.run_lock import locked_folder
-from hf_aegis.training.run_scores import action_errors, projection_means, question_scores
+from hf_aegis.training.run_scores import action_errors, certified_deviations, projection_means, question_scores
 from hf_aegis.training.weight_interpolation import interpolate_weights
 
 
@@ -55,8 +56,10 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         `dict`: On the final questions, if there are any, `vqa_cross_entropy` and `vqa_accuracy` with their 95 %
         intervals, `vqa_any_match` where all annotators' answers are known, and accuracies by type; on the held-out
         demonstrations `flow_mse` and `action_mse`; with a discrete head `fast_action_mse` and `fast_decode_failures`;
-        with a reference gradient the means of its figures over training; `step_ms`, `peak_memory_mb`,
-        `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced them.
+        with a reference gradient the means of its figures over training; with a certificate `certificate_layers` (the
+        largest deviation of a layer), `certificate_logits` and `certificate_divergence` at the end of training;
+        `step_ms`, `peak_memory_mb`, `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced
+        them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
@@ -86,9 +89,11 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         cameras=train.cameras,
         action_tokenizer=fit_action_tokenizer(run, train),
     )
-    anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and args.needs_anchor else None
+    anchored = args.needs_anchor or run.certificate_samples > 0
+    anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and anchored else None
     # All that is evaluated on, before the training, lest what is wrong with it come out after hours.
     holdout = VQAHoldout(questions, processor) if (questions := load_holdout(run)) else None
+    certified = questions[: run.certificate_samples]
     final_questions = load_final_questions(run)
     replay = load_replayed_questions(run) if args.needs_replay else None
     if not model.config.flow_gradient_to_vlm and run.fast is None:
@@ -109,6 +114,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         replay_dataset=replay,
         replay_collator=VQACollator(processor),
         vqa_holdout=holdout,
+        certificate_batches=_batches(certified, VQACollator(processor), 16) if certified else None,
         data_collator=PaliGemmaFlowCollator(processor, action_tokens=run.fast is not None),
         train_dataset=train,
         eval_dataset=held_out,
@@ -139,6 +145,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "peak_memory_mb": resources.peak_mb,
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),
+        **(certified_deviations(folder) if certified else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "unprotected_steps": trainer.unprotected_steps,
         "fingerprints": {
@@ -157,6 +164,10 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
+
+
+def _batches(samples: Sequence[Any], collate: Callable[[list[Any]], Any], size: int) -> list[Any]:
+    return [collate(list(samples[start : start + size])) for start in range(0, len(samples), size)]
 
 
 def _last_evaluation(trainer: AEGISTrainer) -> dict[str, float] | None:

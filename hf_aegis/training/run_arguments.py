@@ -49,6 +49,9 @@ class RunArguments:
         replay_samples (`int`, *optional*, defaults to `3000`): How many, selected by `vqa_seed`.
         action_samples (`int`, *optional*, defaults to `256`):
             Held-out chunks, evenly spaced, whose sampled actions are compared with the recorded ones; 0 for none.
+        certificate_samples (`int`, *optional*, defaults to `0`):
+            The first so many questions of the hold-out, on which it is measured how far layers and logits go from the
+            pre-trained model's; 0 for none. Needs an anchor with subspaces, whatever the training does with it.
         analysis_samples (`int`, *optional*, defaults to `0`):
             Samples from which gradient spectra before training, and hidden states before and after, are kept for the
             report; 0 for none.
@@ -84,6 +87,7 @@ class RunArguments:
     replay_split: str = field(default="train", metadata={"help": "Their split."})
     replay_samples: int = field(default=3000, metadata={"help": "How many of them."})
     action_samples: int = field(default=256, metadata={"help": "Held-out chunks whose actions are sampled."})
+    certificate_samples: int = field(default=0, metadata={"help": "Questions of the hold-out for the certificate."})
     analysis_samples: int = field(default=0, metadata={"help": "Samples of spectra and hidden states."})
 
     def check(self) -> None:
@@ -97,12 +101,20 @@ class RunArguments:
             choices = get_args(get_type_hints(RunArguments)[name])
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        for name in ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "analysis_samples"):
+        counts = ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "certificate_samples")
+        for name in (*counts, "analysis_samples"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}")
         for name in ("chunk_size", "held_out_per_task", "replay_samples"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
+        if self.certificate_samples and self.anchor is None:
+            raise ValueError("certificate_samples needs an anchor with subspaces, found none")
+        if self.certificate_samples > self.vqa_samples:
+            raise ValueError(
+                f"certificate_samples must be at most vqa_samples, found {self.certificate_samples} and "
+                f"{self.vqa_samples}"
+            )
         if self.weight_interpolation is not None and not 0 <= self.weight_interpolation <= 1:
             raise ValueError(f"weight_interpolation must lie in [0, 1], found {self.weight_interpolation}")
         if self.weight_interpolation is not None and self.lora is not None:

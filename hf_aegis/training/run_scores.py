@@ -13,6 +13,7 @@ from hf_aegis.evaluation.open_loop import open_loop_error
 from hf_aegis.evaluation.vqa_survey import survey
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowProcessor
 from hf_aegis.training.callbacks import mean_summary
+from hf_aegis.training.certificate_callback import CERTIFICATE_FILE, certificate_figures
 from hf_aegis.training.json_lines import PROJECTION_FILE, JSONLines
 from hf_aegis.training.run_arguments import RunArguments
 
@@ -56,3 +57,8 @@ def projection_means(folder: Path) -> dict[str, float]:
     """Means over training of the reference gradient's figures, over every backward pass that was finite."""
     means = mean_summary(record["summary"] for record in JSONLines(folder / PROJECTION_FILE).read())
     return {name: means[name] for name in PROJECTION_FIGURES if name in means}
+
+
+def certified_deviations(folder: Path) -> dict[str, float]:
+    """How far the model had gone from the pre-trained one when training ended, as it is logged."""
+    return certificate_figures(JSONLines(folder / CERTIFICATE_FILE).read()[-1])

@@ -12,27 +12,35 @@ from hf_aegis.training.aegis_config import AEGISConfig
 def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     """
     Raises:
-        ValueError: If projection or penalties would not be right with the way of training that is asked for.
+        ValueError: If what keeps the knowledge would not be right with the way of training that is asked for.
     """
-    if args.preserve == "none" and not args.penalties:
+    if args.projects or args.penalties:
+        what = f"preserve={args.preserve!r}" if args.projects else f"penalties={args.penalties}"
+    elif args.holds_subspaces:
+        what = f"preserve={args.preserve!r}"
+    else:
         return
+    sharded = {"DeepSpeed": args.deepspeed is not None, "FSDP": bool(args.fsdp)}
+    # Held subspaces need nothing but the weights after each step.
+    reasons = sharded | (_in_backward(model, args) if args.projects or args.penalties else {})
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"{what} is not supported with {reason}")
+
+
+def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
+    """Ways of training with which gradients and losses cannot be taken hold of, and whether they are asked for."""
     optimizer = OptimizerNames(args.optim).value
     stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
     narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
-    reasons = {
+    return {
         "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
         "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
         == ParallelMode.NOT_DISTRIBUTED,
-        "DeepSpeed": args.deepspeed is not None,
-        "FSDP": bool(args.fsdp),
         "torch.compile": args.torch_compile,
         f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
         "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
     }
-    for reason, applies in reasons.items():
-        if applies:
-            what = f"preserve={args.preserve!r}" if args.preserve != "none" else f"penalties={args.penalties}"
-            raise ValueError(f"{what} is not supported with {reason}")
 
 
 def refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
