@@ -29,6 +29,12 @@ COMMANDS = {
     "data": ("hf_aegis.cli.data", "record, combine and inspect LIBERO demonstrations"),
 }
 
+# The same for commands of two words. The first word is a command of its own that takes a recipe, and so cannot have
+# sub-commands.
+TWO_WORD_COMMANDS = {
+    "anchor inspect": ("hf_aegis.cli.anchor_inspect", "say what an anchor was collected from and what it holds"),
+}
+
 
 TRACEBACK_VARIABLE = "HF_AEGIS_TRACEBACK"
 """Environment variable that asks for the traceback of an error, before its one line."""
@@ -42,7 +48,7 @@ def build_parser() -> CommandParser:
         epilog=f"Errors are one line; with {TRACEBACK_VARIABLE}=1 in the environment, the traceback comes before it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
+    for name, (module, summary) in {**COMMANDS, **TWO_WORD_COMMANDS}.items():
         commands.add_parser(
             name,
             help=summary,
@@ -64,10 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: after `--help` (0) and for a command line that cannot be parsed (2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if (two_words := " ".join(argv[:2])) in TWO_WORD_COMMANDS:
+        argv[:2] = [two_words]
     end_with_parent()
     try:
         arguments = build_parser().parse_args(argv)
-        return importlib.import_module(COMMANDS[arguments.command][0]).run(arguments) or 0
+        module, _ = {**COMMANDS, **TWO_WORD_COMMANDS}[arguments.command]
+        return importlib.import_module(module).run(arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()

@@ -15,6 +15,7 @@ from hf_aegis.cli.device import resolve_device
 
 
 if TYPE_CHECKING:
+    from hf_aegis.anchors import SubspaceOptions
     from hf_aegis.data.vqa import VQASample
 
 EMBEDDED = "embedded"
@@ -45,14 +46,24 @@ class AnchorRecipe:
         "batch", "'batch': the paper's average over batches; 'pooled': exact over all tokens"
     )
     tokens: Literal["all", "image", "text"] = _option("all", "which of the attended tokens count")
+    subspaces: bool = _option(False, "collect the principal subspaces of linear layers' inputs as well")
+    subspace_energy: float = _option(0.999, "share of the inputs' energy that their directions hold")
+    subspace_max_rank: int = _option(512, "most directions per input, whatever their energy")
+    subspace_modules: list[str] = field(
+        default_factory=lambda: ["multi_modal_projector"],
+        metadata={"help": "modules outside of the decoder layers whose linear layers count too, by end of path"},
+    )
+    subspace_dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype that the directions are kept in")
     seed: int = _option(
         0, "shuffles before num_samples are taken (streamed: from about the first 2 * num_samples of shuffled shards)"
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples", "batch_size", "subspace_max_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 < self.subspace_energy <= 1:
+            raise ValueError(f"subspace_energy must be above 0 and at most 1, found {self.subspace_energy}")
 
 
 def configure(parser: CommandParser) -> None:
@@ -97,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         (collate(samples[start : start + recipe.batch_size]) for start in starts),
         moments=recipe.moments,
         tokens=recipe.tokens,
+        subspaces=_subspace_options(recipe),
         dataset_id=f"{recipe.dataset}:{recipe.split}",
         num_batches=len(starts),
     )
@@ -104,6 +116,19 @@ def run(arguments: argparse.Namespace) -> int:
     write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
     print(f"{anchor}\nsaved to {folder}")
     return 0
+
+
+def _subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
+    from hf_aegis.anchors import SubspaceOptions
+
+    if not recipe.subspaces:
+        return None
+    return SubspaceOptions(
+        energy=recipe.subspace_energy,
+        max_rank=recipe.subspace_max_rank,
+        modules=tuple(recipe.subspace_modules),
+        dtype=recipe.subspace_dtype,
+    )
 
 
 def _samples(recipe: AnchorRecipe) -> Sequence["VQASample"]:
