@@ -104,6 +104,15 @@ def test_one_kind_of_tokens(tiny_vlm, tmp_path):
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["tokens"] == "image"
 
 
+def test_subspaces_are_collected_where_they_are_asked_for(tiny_vlm, tmp_path):
+    options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path, "--subspaces", "true")
+    command.run(parse(*options, "--subspace_energy", 0.9, "--subspace_dtype", "bfloat16"))
+    anchor = ActivationAnchor.from_pretrained(tmp_path)
+    assert {"model.multi_modal_projector.linear", "layers.0.mlp.down_proj"} < set(anchor.subspaces)
+    assert all(space.energy_share >= 0.9 for space in anchor.subspaces.values())
+    assert {space.basis.dtype for space in anchor.subspaces.values()} == {torch.bfloat16}
+
+
 def test_a_folder_of_questions_is_collected(tiny_vlm, questions, tmp_path):
     options = ["--model", tiny_vlm, "--dataset", questions, "--answer_column", "best", "--batch_size", 2]
     options += ["--output_dir", tmp_path, "--dtype", "bfloat16"]
