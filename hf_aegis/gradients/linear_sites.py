@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,9 @@ def find_linear_sites(model: nn.Module, layers: str | nn.ModuleList | None = Non
     return list(_walk(unwrap_model(model), "", find_decoder_layers(model, layers)))
 
 
-def subspaces_of(source: "ActivationAnchor | Mapping[str, InputSubspace] | Iterable[InputSubspace]") -> list[Any]:
+def subspaces_of(
+    source: "ActivationAnchor | Mapping[str, InputSubspace] | Iterable[InputSubspace]",
+) -> list["InputSubspace"]:
     """
     The subspaces in an anchor, a mapping or an iterable of them.
 
@@ -85,10 +87,9 @@ def subspaces_of(source: "ActivationAnchor | Mapping[str, InputSubspace] | Itera
         ValueError: If there are none, or two of them are for the same linear.
     """
     if isinstance(source, ActivationAnchor):
-        anchor: Any = source
-        subspaces = list(anchor.subspaces.values())
+        subspaces = list(source.subspaces.values())
         if not subspaces:
-            raise ValueError("this anchor was collected without subspaces: collect one with `subspaces=`")
+            raise ValueError("this anchor was collected without subspaces: give collect() subspaces=SubspaceOptions()")
     else:
         subspaces = list(source.values() if isinstance(source, Mapping) else source)
         if not subspaces:
