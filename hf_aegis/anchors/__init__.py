@@ -3,6 +3,7 @@
 from hf_aegis.anchors.anchor import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, AnchorMismatchError
+from hf_aegis.anchors.sensitivities import PairSensitivity
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.weight_hash import hash_layer_weights, named_base_parameters
 
@@ -12,6 +13,7 @@ __all__ = [
     "AnchorFingerprint",
     "AnchorMismatchError",
     "InputSubspace",
+    "PairSensitivity",
     "SubspaceOptions",
     "find_decoder_layers",
     "hash_layer_weights",
