@@ -1,6 +1,6 @@
 """
-The activation anchor: Gaussian moments of every decoder layer's output on the pre-training task's data, and principal
-subspaces of its linear layers' inputs.
+The activation anchor: Gaussian moments of every decoder layer's output on the pre-training task's data, principal
+subspaces of its linear layers' inputs, and the sensitivity of its predictions to their weights.
 """
 
 import copy
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from hf_aegis.anchors.collection import collect_moments
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
-from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
 from hf_aegis.anchors.linear_inputs import LinearInputs
-from hf_aegis.anchors.merging import merged_moments, merged_subspaces
+from hf_aegis.anchors.merging import merged_moments, merged_subspaces, refuse_sensitivities
+from hf_aegis.anchors.sensitivities import PairSensitivity, check_sensitivities
+from hf_aegis.anchors.sensitivity_collection import check_passes, collect_sensitivities
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions, check_groups
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
@@ -37,10 +39,12 @@ class ActivationAnchor:
             What the moments were collected from.
         subspaces (`Mapping[str, InputSubspace]`, *optional*):
             Principal subspaces of the linear layers' inputs, by the first layer of each.
+        sensitivities (`Mapping[str, PairSensitivity]`, *optional*):
+            Sensitivities to pairs of directions of the linear layers' weights, by layer.
 
     Raises:
         ValueError: if the shapes differ from each other or from the fingerprint's, a value is not finite, a variance
-            is negative, or the fingerprint and `subspaces` disagree on whether there are any.
+            is negative, or the fingerprint, `subspaces` and `sensitivities` disagree on what there is.
 
     Example:
 
@@ -57,6 +61,7 @@ class ActivationAnchor:
         variance: Tensor,
         fingerprint: AnchorFingerprint,
         subspaces: Mapping[str, InputSubspace] | None = None,
+        sensitivities: Mapping[str, PairSensitivity] | None = None,
     ):
         expected = (fingerprint.num_layers, fingerprint.width)
         for name, tensor in (("mean", mean), ("variance", variance)):
@@ -69,11 +74,14 @@ class ActivationAnchor:
                 raise ValueError(f"anchor {name} holds values that are not finite")
         if bool((variance < 0).any()):
             raise ValueError("anchor variance holds negative values")
-        check_groups(subspaces or {}, fingerprint.subspace_options)
+        options = fingerprint.subspace_options
+        check_groups(subspaces or {}, options)
+        check_sensitivities(sensitivities or {}, subspaces or {}, options is not None and options.sensitivity)
         self.mean = mean.detach().float()
         self.variance = variance.detach().float()
         self.fingerprint = fingerprint
         self.subspaces: Mapping[str, InputSubspace] = dict(subspaces or {})
+        self.sensitivities: Mapping[str, PairSensitivity] = dict(sensitivities or {})
 
     @property
     def num_layers(self) -> int:
@@ -114,8 +122,10 @@ class ActivationAnchor:
                 A Hugging Face model, wrapped or not; see [`find_decoder_layers`].
             batches (`Iterable[Mapping[str, Any]]`):
                 Forward arguments, e.g. a `DataLoader`. Tensors are moved to the model's device. Tokens with a zero in
-                `attention_mask` `(B, T)` do not count; a batch without one counts all its tokens. `labels` are not
-                needed and left out, but give `token_type_ids` to models with a prefix mask (PaliGemma).
+                `attention_mask` `(B, T)` do not count; a batch without one counts all its tokens. Give
+                `token_type_ids` to models with a prefix mask (PaliGemma). The model never sees `labels`; with
+                sensitivities they say which predictions count (those of labels that are not -100; all of attended
+                tokens in a batch without), and the batches are iterated over three times, so give no iterator.
             layers (`str` or `nn.ModuleList`, *optional*):
                 Where the layers are, for models in which they are not found.
             moments (`str`, *optional*, defaults to `"batch"`):
@@ -126,7 +136,8 @@ class ActivationAnchor:
                 tell. A [`~gradients.GradientShield`] takes it over from the anchor.
             subspaces ([`SubspaceOptions`], *optional*):
                 Collects the principal subspaces of all linear layers' inputs as well, in the same pass, always over
-                all tokens that count, whatever `moments` says.
+                all tokens that count, whatever `moments` says; and, where they ask for it, the sensitivities to pairs
+                of directions, which takes two backward passes more.
             dataset_id (`str`, *optional*):
                 Recorded in the fingerprint.
             num_batches (`int`, *optional*):
@@ -140,9 +151,12 @@ class ActivationAnchor:
         Raises:
             ValueError: if no layers are found, there are no or too few batches, an attention mask does not fit the
                 layers' tokens or leaves none of the chosen kind, a statistic is not finite, the model has no image
-                tokens to tell from others, or a linear layer whose input's subspace is asked for does not run exactly
-                once in a forward pass, on one input per token.
+                tokens to tell from others, a linear layer whose input's subspace is asked for does not run exactly
+                once in a forward pass, on one input per token, or predictions do not depend on one whose sensitivity
+                is asked for.
         """
+        if subspaces is not None and subspaces.sensitivity:
+            check_passes(batches)
         stack = find_decoder_layers(model, layers)
         # Before the long part, so that weights that cannot be hashed do not cost a whole collection.
         description = describe_model(model, stack)
@@ -169,11 +183,24 @@ class ActivationAnchor:
                 "num_batches": collected.num_batches,
                 "dataset_id": dataset_id,
                 "subspace_options": subspaces,
-                "format_version": 1 if subspaces is None else FORMAT_VERSION,
+                "format_version": 1 if subspaces is None else subspaces.format_version,
             }
         )
         found = None if linear_inputs is None else linear_inputs.subspaces(progress)
-        return cls(collected.mean, collected.variance, fingerprint, found)
+        sensitivities = None
+        if subspaces is not None and subspaces.sensitivity:
+            assert found is not None
+            sensitivities = collect_sensitivities(
+                model,
+                batches,
+                stack,
+                found,
+                subspaces,
+                tokens=tokens,
+                num_batches=num_batches,
+                progress=progress,
+            )
+        return cls(collected.mean, collected.variance, fingerprint, found, sensitivities)
 
     @classmethod
     def merge(cls, anchors: Sequence["ActivationAnchor"]) -> "ActivationAnchor":
@@ -181,7 +208,7 @@ class ActivationAnchor:
         One anchor from partial collections (e.g. one per process) of the same model, data set and policies: the
         anchor that a single collection over all the batches would have given, to rounding. Subspaces merge by what
         the parts have kept of them: exactly, to rounding, only where nothing was truncated (`energy=1.0`, `max_rank`
-        no less than the widths and no sketch).
+        no less than the widths and no sketch). Sensitivities do not merge, as each part has its own directions.
 
         Args:
             anchors (`Sequence[ActivationAnchor]`):
@@ -189,16 +216,17 @@ class ActivationAnchor:
 
         Raises:
             AnchorMismatchError: if they differ in model, data set or policy; every such field is named.
-            ValueError: if there are none.
+            ValueError: if there are none, or several with sensitivities.
         """
         if not anchors:
             raise ValueError("no anchors to merge")
+        refuse_sensitivities(anchors)
         fingerprint = anchors[0].fingerprint
         for anchor in anchors[1:]:
             fingerprint = fingerprint.merged_with(anchor.fingerprint)
         options = fingerprint.subspace_options
         subspaces = None if options is None else merged_subspaces([anchor.subspaces for anchor in anchors], options)
-        return cls(*merged_moments(anchors), fingerprint, subspaces)
+        return cls(*merged_moments(anchors), fingerprint, subspaces, anchors[0].sensitivities)
 
     def check_compatible(
         self, model: nn.Module, *, layers: str | nn.ModuleList | None = None, check: str = "weights"
@@ -237,7 +265,7 @@ class ActivationAnchor:
             `Path`: the folder.
         """
         moments = {"mean": self.mean, "variance": self.variance}
-        return write_anchor(folder, moments, self.fingerprint, self.subspaces)
+        return write_anchor(folder, moments, self.fingerprint, self.subspaces, self.sensitivities)
 
     @classmethod
     def from_pretrained(
@@ -278,17 +306,18 @@ class ActivationAnchor:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        moments, fingerprint, subspaces = read_anchor(tensors_file, config_file)
+        moments, fingerprint, subspaces, sensitivities = read_anchor(tensors_file, config_file)
         try:
-            return cls(moments["mean"], moments["variance"], fingerprint, subspaces)
+            return cls(moments["mean"], moments["variance"], fingerprint, subspaces, sensitivities)
         except ValueError as error:
             raise ValueError(f"{tensors_file}: {error}") from error
 
     def to(self, device: str | torch.device) -> "ActivationAnchor":
-        """A copy of this anchor with its moments and subspaces on `device`."""
+        """A copy of this anchor with all its tensors on `device`."""
         moved = copy.copy(self)
         moved.mean, moved.variance = self.mean.to(device), self.variance.to(device)
         moved.subspaces = {key: subspace.to(device) for key, subspace in self.subspaces.items()}
+        moved.sensitivities = {name: pairs.to(device) for name, pairs in self.sensitivities.items()}
         return moved
 
     def __eq__(self, other: object) -> bool:
@@ -299,6 +328,7 @@ class ActivationAnchor:
             and torch.equal(self.mean.cpu(), other.mean.cpu())
             and torch.equal(self.variance.cpu(), other.variance.cpu())
             and self.subspaces == other.subspaces
+            and self.sensitivities == other.sensitivities
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -309,4 +339,6 @@ class ActivationAnchor:
         described = [f"{name}={fields[name]!r}" for name in shown]
         if self.subspaces:
             described.append(f"subspaces={len(self.subspaces)}")
+        if self.sensitivities:
+            described.append(f"sensitivities={len(self.sensitivities)}")
         return f"ActivationAnchor({', '.join(described)})"

@@ -137,10 +137,10 @@ def collect_moments(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, found {num_batches}")
     observer = LayerMoments(layers)
-    device = _input_device(model)
+    device = input_device(model)
     # The language-model head often costs more than all the layers, and its logits are thrown away.
     skips_logits = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
-    if linear_inputs is not None and linear_inputs.observes(_output_embeddings(model)):
+    if linear_inputs is not None and linear_inputs.observes(output_embeddings(model)):
         skips_logits = False
     total: Moments | None = None
     num_samples = num_tokens = seen = 0
@@ -152,9 +152,9 @@ def collect_moments(
         disable=not progress,
     )
     observed = nullcontext() if linear_inputs is None else linear_inputs.attached()
-    with observer.attached(), observed, evaluation_mode(model), _without_cache(decoder_config(model, layers)):
+    with observer.attached(), observed, evaluation_mode(model), without_cache(decoder_config(model, layers)):
         for seen, batch in enumerate(bar, start=1):
-            inputs = _forward_inputs(batch, device, batch_index=seen - 1)
+            inputs = forward_inputs(batch, device, batch_index=seen - 1)
             if skips_logits:
                 inputs.setdefault("logits_to_keep", 1)
             mask = select_tokens(inputs.get("attention_mask"), inputs.get("input_ids"), tokens, image_token_id)
@@ -188,7 +188,13 @@ def _add_batch(total: Moments | None, mean: Tensor, variance: Tensor, count: int
     return Moments(number, total.mean + (mean - total.mean) / number, total.m2 + (variance - total.m2) / number)
 
 
-def _forward_inputs(batch: Mapping[str, Any], device: torch.device, batch_index: int) -> dict[str, Any]:
+def forward_inputs(batch: Mapping[str, Any], device: torch.device, batch_index: int) -> dict[str, Any]:
+    """
+    A batch on the model's device, without its labels.
+
+    Raises:
+        ValueError: if it is no mapping.
+    """
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"batch {batch_index} is a {type(batch).__name__}, expected a mapping of the model's forward arguments"
@@ -201,13 +207,15 @@ def _forward_inputs(batch: Mapping[str, Any], device: torch.device, batch_index:
     }
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model expects its inputs."""
     base = unwrap_model(model)
     embeddings = base.get_input_embeddings() if callable(getattr(base, "get_input_embeddings", None)) else base  # type: ignore[operator]
     return next(embeddings.parameters()).device
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The language-model head of a model, wrapped or not, if it has one."""
     base = unwrap_model(model)
     return base.get_output_embeddings() if callable(getattr(base, "get_output_embeddings", None)) else None  # type: ignore[operator]
 
@@ -226,7 +234,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_cache(config: Any) -> Iterator[None]:
+def without_cache(config: Any) -> Iterator[None]:
+    """A decoder that keeps no keys and values for the duration of the block, as its configuration says."""
     # On the decoder's configuration rather than as an argument: a model that needs its cache (π0) asks for it itself.
     if getattr(config, "use_cache", None) is None:
         yield

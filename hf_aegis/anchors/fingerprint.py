@@ -17,10 +17,10 @@ from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """
-Newest version of the anchor file format that this package reads and writes. Anchors with subspaces have version 2;
-those without have version 1, which older packages read as well.
+Newest version of the anchor file format that this package reads and writes. Anchors with sensitivities have version 3,
+those with subspaces alone version 2, and those without version 1, so that older packages read what they can.
 """
 
 MOMENTS_POLICIES = ("batch", "pooled")
@@ -86,9 +86,9 @@ class AnchorFingerprint:
         package_version, torch_version, transformers_version (`str`, *optional*):
             Software that collected the anchor.
         format_version (`int`, *optional*, defaults to 1):
-            Version of the file format: 2 for an anchor with subspaces.
+            Version of the file format: 2 for an anchor with subspaces, 3 for one with sensitivities.
         subspace_options ([`SubspaceOptions`], *optional*):
-            How the subspaces were collected, in an anchor that has them.
+            How the subspaces and sensitivities were collected, in an anchor that has them.
     """
 
     num_layers: int
@@ -119,11 +119,10 @@ class AnchorFingerprint:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
-        if (expected := 1 if self.subspace_options is None else 2) != self.format_version:
-            having = "without" if self.subspace_options is None else "with"
-            raise ValueError(
-                f"an anchor {having} subspaces has format_version {expected}, found {self.format_version}"
-            )
+        options = self.subspace_options
+        if (expected := 1 if options is None else options.format_version) != self.format_version:
+            having = {1: "without subspaces", 2: "with subspaces", 3: "with sensitivities"}[expected]
+            raise ValueError(f"an anchor {having} has format_version {expected}, found {self.format_version}")
 
     @property
     def tokens(self) -> str:
@@ -135,6 +134,8 @@ class AnchorFingerprint:
         fields = dataclasses.asdict(self)
         if self.subspace_options is None:
             del fields["subspace_options"]
+        else:
+            fields["subspace_options"] = self.subspace_options.to_dict()
         return fields
 
     @classmethod

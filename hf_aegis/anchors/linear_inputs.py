@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from hf_aegis.anchors.input_statistics import InputStatistics, TestMatrices
 from hf_aegis.anchors.linears import LAYERS_PREFIX, find_linears
+from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 
 
@@ -35,7 +35,7 @@ class LinearInputs:
         self.linears = find_linears(model, layers, options.modules)
         self.options = options
         self._test_matrices = TestMatrices(options)
-        self._statistics: dict[str, InputStatistics] = {}
+        self._statistics: dict[str, SecondMoments] = {}
         self._owners: dict[str, str] | None = None
         self._mask: Tensor | None = None
         self._tokens: torch.Size | None = None
@@ -113,7 +113,7 @@ class LinearInputs:
             with torch.inference_mode(False):
                 width, device = input.shape[-1], input.device
                 test_matrix = self._test_matrices.matrix(width, device)
-                self._statistics[name] = InputStatistics(width, device, test_matrix)
+                self._statistics[name] = SecondMoments(width, device, test_matrix)
         self._statistics[name].add(input.detach(), mask)
 
     def _mask_for(self, name: str, input: Tensor) -> Tensor | None:

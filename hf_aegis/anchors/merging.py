@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_aegis.anchors.input_statistics import leading_subspace
+from hf_aegis.anchors.second_moments import leading_subspace
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.functional.moments import Moments, merge_moments
 from hf_aegis.functional.subspace import merge_eigenpairs
@@ -52,6 +52,21 @@ def merged_subspaces(
     for part in parts[1:]:
         _check_same_linears(parts[0], part)
     return {key: _merged([part[key] for part in parts], options) for key in parts[0]}
+
+
+def refuse_sensitivities(anchors: Sequence["ActivationAnchor"]) -> None:
+    """
+    Refuses several anchors with sensitivities, for which there is no rule.
+
+    Raises:
+        ValueError: if there are two or more, and they have sensitivities.
+    """
+    if len(anchors) > 1 and any(anchor.sensitivities for anchor in anchors):
+        raise ValueError(
+            "anchors with sensitivities do not merge: each part has them for directions of its own, and squares of "
+            "products in one basis do not tell those in another. Collect them from all batches at once, or merge "
+            "anchors without them"
+        )
 
 
 def _merged(subspaces: Sequence[InputSubspace], options: SubspaceOptions) -> InputSubspace:

@@ -1,6 +1,6 @@
 """
-Anchor files: `anchor.safetensors` (moments, and bases and energies of subspaces) and `anchor_config.json` (what they
-were collected from, and which linear layers each subspace is for).
+Anchor files: `anchor.safetensors` (moments, bases and energies of subspaces, and sensitivities) and
+`anchor_config.json` (what they were collected from, and which linear layers each subspace is for).
 """
 
 import hashlib
@@ -16,7 +16,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint
-from hf_aegis.anchors.subspace_storage import pack_subspaces, tensor_names, unpack_subspaces
+from hf_aegis.anchors.sensitivities import PairSensitivity
+from hf_aegis.anchors.subspace_storage import (
+    check_fields,
+    pack_sensitivities,
+    pack_subspaces,
+    tensor_names,
+    unpack_sensitivities,
+    unpack_subspaces,
+)
 from hf_aegis.anchors.subspaces import InputSubspace
 from hf_aegis.atomic_files import write_bytes
 
@@ -32,6 +40,7 @@ def write_anchor(
     tensors: Mapping[str, Tensor],
     fingerprint: AnchorFingerprint,
     subspaces: Mapping[str, InputSubspace],
+    sensitivities: Mapping[str, PairSensitivity],
 ) -> Path:
     """
     Writes both files, each atomically, and the hash of the tensors into the configuration, so that a pair of which
@@ -43,9 +52,8 @@ def write_anchor(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     apart, groups = pack_subspaces(subspaces)
-    data = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **apart}.items()}, {"format": "pt"}
-    )
+    everything = {**tensors, **apart, **pack_sensitivities(sensitivities)}
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()}, {"format": "pt"})
     config = {
         "anchor_type": ANCHOR_TYPE,
         **fingerprint.to_dict(),
@@ -59,12 +67,12 @@ def write_anchor(
 
 def read_anchor(
     tensors_file: Path, config_file: Path
-) -> tuple[dict[str, Tensor], AnchorFingerprint, dict[str, InputSubspace]]:
+) -> tuple[dict[str, Tensor], AnchorFingerprint, dict[str, InputSubspace], dict[str, PairSensitivity]]:
     """
     Reads both files.
 
     Returns:
-        `tuple`: `mean` and `variance` by name, the fingerprint, and the subspaces, if any.
+        `tuple`: `mean` and `variance` by name, the fingerprint, and the subspaces and sensitivities, if any.
 
     Raises:
         ValueError: if a file is corrupt, is no anchor, or has a newer format; the file and the key are named.
@@ -96,16 +104,23 @@ def read_anchor(
     groups = config.get(GROUPS, {})
     if not isinstance(groups, dict):
         raise ValueError(f"{config_file}: key {GROUPS!r} is {groups!r}, expected a mapping")
-    expected = {"mean", "variance", *tensor_names(groups)}
-    if set(tensors) != expected:
-        raise ValueError(f"{tensors_file} holds the keys {sorted(tensors)}, expected {sorted(expected)}")
     apart = ("anchor_type", "tensors_sha256", GROUPS)
     try:
         fingerprint = AnchorFingerprint.from_dict({key: value for key, value in config.items() if key not in apart})
-        subspaces = unpack_subspaces(tensors, groups)
+        names = check_fields(groups)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
-    return {name: tensors[name] for name in ("mean", "variance")}, fingerprint, subspaces
+    options = fingerprint.subspace_options
+    linears = names if options is not None and options.sensitivity else []
+    expected = {"mean", "variance", *tensor_names(groups, linears)}
+    if set(tensors) != expected:
+        raise ValueError(f"{tensors_file} holds the keys {sorted(tensors)}, expected {sorted(expected)}")
+    try:
+        subspaces = unpack_subspaces(tensors, groups)
+        sensitivities = unpack_sensitivities(tensors, linears)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    return {name: tensors[name] for name in ("mean", "variance")}, fingerprint, subspaces, sensitivities
 
 
 def locate_anchor(

@@ -17,6 +17,8 @@ STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Energies are rounded, and those of a sketch are estimates: their sum may exceed the total by this share.
 _ENERGY_TOLERANCE = 1e-3
 
+_SENSITIVITY_FIELDS = {"sensitivity", "temperature", "max_output_rank"}
+
 
 @dataclass(frozen=True)
 class SubspaceOptions:
@@ -41,6 +43,15 @@ class SubspaceOptions:
             their path, such as `"multi_modal_projector"`.
         dtype (`str`, *optional*, defaults to `"float32"`):
             `"float32"` or `"bfloat16"`: of the bases, in memory and in the file.
+        sensitivity (`bool`, *optional*, defaults to `False`):
+            Collects a [`PairSensitivity`] for each linear layer as well. It covers the kept directions only, so keep
+            many: a direction of little energy may matter for the answers.
+        temperature (`float`, *optional*, defaults to 4.0):
+            Of the predictions whose change the sensitivities are about. At one they vanish where a model is certain
+            of its answers.
+        max_output_rank (`int`, *optional*, defaults to 512):
+            Most output directions that sensitivities are kept for. Outputs wider than `exact_width` have their
+            gradients sketched.
 
     Raises:
         ValueError: if a value is out of range; it is named.
@@ -54,6 +65,9 @@ class SubspaceOptions:
     seed: int = 0
     modules: tuple[str, ...] = ()
     dtype: str = "float32"
+    sensitivity: bool = False
+    temperature: float = 4.0
+    max_output_rank: int = 512
 
     def __post_init__(self) -> None:
         if isinstance(self.modules, str):
@@ -62,24 +76,38 @@ class SubspaceOptions:
         object.__setattr__(self, "modules", tuple(self.modules))
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy must be above 0 and at most 1, found {self.energy}")
-        for name, lowest in (("min_rank", 1), ("max_rank", 1), ("exact_width", 0), ("oversampling", 0)):
+        lowests = {"min_rank": 1, "max_rank": 1, "max_output_rank": 1, "exact_width": 0, "oversampling": 0}
+        for name, lowest in lowests.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, found {getattr(self, name)}")
         if self.min_rank > self.max_rank:
             raise ValueError(f"min_rank must not exceed max_rank, found {self.min_rank} and {self.max_rank}")
         if self.dtype not in STORAGE_DTYPES:
             raise ValueError(f"dtype must be one of {tuple(STORAGE_DTYPES)}, found {self.dtype!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, found {self.temperature}")
+
+    @property
+    def format_version(self) -> int:
+        """Version of the file format that an anchor with these options has."""
+        return 3 if self.sensitivity else 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; those of sensitivities only where they are collected, as older packages do not know them."""
+        fields = dataclasses.asdict(self)
+        return fields if self.sensitivity else {k: v for k, v in fields.items() if k not in _SENSITIVITY_FIELDS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SubspaceOptions":
         """
-        The inverse of `dataclasses.asdict`.
+        The inverse of [`~SubspaceOptions.to_dict`].
 
         Raises:
             ValueError: if fields are missing, unknown or out of range; they are named.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        needed = known if values.get("sensitivity") else known - _SENSITIVITY_FIELDS
+        missing, unknown = sorted(needed - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ValueError(f"subspace options: missing keys {missing}, unknown keys {unknown}")
         return cls(**values)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_aegis.anchors import InputSubspace, SubspaceOptions
-from hf_aegis.anchors.input_statistics import InputStatistics, TestMatrices
+from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
 from hf_aegis.anchors.merging import merged_subspaces
 from hf_aegis.functional.subspace import nystrom_eigenpairs, principal_angles
 
@@ -21,7 +21,7 @@ def inputs(seed=0, tokens=300, width=24, decay=0.7, dtype=torch.float32):
 
 
 def subspace_of(batches, options=EXACT, test_matrix=None, masks=None):
-    statistics = InputStatistics(batches[0].shape[-1], torch.device("cpu"), test_matrix)
+    statistics = SecondMoments(batches[0].shape[-1], torch.device("cpu"), test_matrix)
     for batch, mask in zip(batches, masks or [None] * len(batches), strict=True):
         statistics.add(batch, mask)
     return statistics.subspace(("linear",), options)

@@ -1,4 +1,4 @@
-"""Second moments of a linear layer's inputs, in full or as a sketch, summed batch by batch."""
+"""Second moments of a linear layer's inputs or output gradients, in full or as a sketch, summed batch by batch."""
 
 import math
 
@@ -37,14 +37,14 @@ class TestMatrices:
         return self._matrices[width, device]
 
 
-class InputStatistics:
+class SecondMoments:
     """
-    Sums over inputs x of x xᵀ, or of its product with a test matrix and of ‖x‖². All of them are linear in the data,
-    so batches add up in any order. Products over a batch are in float32, or float64 for float64 inputs; sums over
-    batches in float64, on the inputs' device.
+    Sums over vectors x (a linear layer's inputs, or the gradients at its outputs) of x xᵀ, or of its product with a
+    test matrix and of ‖x‖². All of them are linear in the data, so batches add up in any order. Products over a batch
+    are in float32, or float64 for float64 vectors; sums over batches in float64, on the vectors' device.
 
     Args:
-        width (`int`): Of the inputs.
+        width (`int`): Of the vectors.
         device (`torch.device`): Where the sums are.
         test_matrix (`Tensor` of shape `(width, l)`, *optional*): Ω, for a sketch.
     """
@@ -58,21 +58,16 @@ class InputStatistics:
         self.energy = torch.zeros((), dtype=dtype, device=device)
         self.count = torch.zeros((), dtype=dtype, device=device)
 
-    def add(self, inputs: Tensor, mask: Tensor | None) -> None:
+    def add(self, vectors: Tensor, mask: Tensor | None) -> None:
         """
         Adds a batch. Nothing here waits for the device.
 
         Args:
-            inputs (`Tensor` of shape `(..., width)`): What a linear layer is given.
-            mask (`Tensor` of shape `(...)`, *optional*): Non-zero where an input counts, NaN or not elsewhere.
+            vectors (`Tensor` of shape `(..., width)`): The batch.
+            mask (`Tensor` of shape `(...)`, *optional*): Non-zero where a vector counts, NaN or not elsewhere.
         """
-        values = (inputs if inputs.dtype == torch.float64 else inputs.float()).flatten(end_dim=-2)
-        if mask is None:
-            self.count += len(values)
-        else:
-            keep = (mask != 0).to(values.device).flatten()
-            values = values.masked_fill(~keep.unsqueeze(-1), 0.0)
-            self.count += keep.sum()
+        values = masked_values(vectors, mask).flatten(end_dim=-2)
+        self.count += len(values) if mask is None else (mask != 0).sum().to(self.count.device)
         # Under the caller's autocast the products would be in half precision.
         with torch.autocast(values.device.type, enabled=False):
             if self.test_matrix is None:
@@ -81,19 +76,26 @@ class InputStatistics:
                 self.products += values.mT @ (values @ self.test_matrix.to(values.dtype))
                 self.energy += torch.linalg.vector_norm(values).to(self.energy.dtype).square()
 
-    def subspace(self, linears: tuple[str, ...], options: SubspaceOptions) -> InputSubspace:
+    def eigenpairs(self, what: str) -> tuple[Tensor, Tensor, float, int]:
         """
-        The leading directions of what was added, on the CPU.
+        Leading directions of what was added.
+
+        Args:
+            what (`str`): Of what the vectors are, in the plural, for errors.
+
+        Returns:
+            `tuple`: energies `(l,)`, largest first, orthonormal basis `(width, l)`, total energy E‖x‖² and number of
+            vectors.
 
         Raises:
-            ValueError: if nothing was, or sums are not finite; the linear layer is named.
+            ValueError: if nothing was added, or sums are not finite.
         """
         count = int(self.count)
         total = float(self.products.trace() if self.test_matrix is None else self.energy)
         if count == 0:
-            raise ValueError(f"no input of {linears[0]} counts: the mask leaves none")
+            raise ValueError(f"none of the {what} counts: the mask leaves none")
         if not math.isfinite(total) or not bool(torch.isfinite(self.products).all()):
-            raise ValueError(f"the inputs of {linears[0]} hold values that are not finite")
+            raise ValueError(f"the {what} hold values that are not finite")
         if self.test_matrix is None:
             energies, basis = eigenpairs(self.products)
         else:
@@ -101,7 +103,29 @@ class InputStatistics:
             # The products over a batch were in float32, and a sketch can be no better.
             precision = torch.finfo(torch.float32).eps
             energies, basis = nystrom_eigenpairs(self.products, test_matrix, precision)
-        return leading_subspace(linears, energies / count, basis, total / count, count, options)
+        return energies / count, basis, total / count, count
+
+    def subspace(self, linears: tuple[str, ...], options: SubspaceOptions) -> InputSubspace:
+        """
+        The leading directions of inputs that were added, on the CPU.
+
+        Raises:
+            ValueError: if nothing was, or sums are not finite; the linear layer is named.
+        """
+        energies, basis, total, count = self.eigenpairs(f"inputs of {linears[0]}")
+        return leading_subspace(linears, energies, basis, total, count, options)
+
+
+def masked_values(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """
+    Vectors in float32, or float64 where they were, with zeros in the place of those that do not count.
+
+    Args:
+        vectors (`Tensor` of shape `(..., width)`): Any.
+        mask (`Tensor` of shape `(...)`, *optional*): Non-zero where a vector counts, NaN or not elsewhere.
+    """
+    values = vectors if vectors.dtype == torch.float64 else vectors.float()
+    return values if mask is None else values.masked_fill((mask == 0).to(values.device).unsqueeze(-1), 0.0)
 
 
 def leading_subspace(
@@ -113,11 +137,17 @@ def leading_subspace(
     options: SubspaceOptions,
 ) -> InputSubspace:
     """As many leading directions as the options ask for, on the CPU, in the dtype that they ask for."""
-    rank = rank_for_energy(energies, total_energy, options.energy, options.min_rank, options.max_rank)
+    kept = leading_basis(energies, basis, total_energy, options)
     return InputSubspace(
         linears=linears,
-        basis=basis[:, :rank].to(STORAGE_DTYPES[options.dtype]).cpu().contiguous(),
-        energies=energies[:rank].float().cpu(),
+        basis=kept,
+        energies=energies[: kept.shape[1]].float().cpu(),
         total_energy=total_energy,
         num_inputs=num_inputs,
     )
+
+
+def leading_basis(energies: Tensor, basis: Tensor, total_energy: float, options: SubspaceOptions) -> Tensor:
+    """The basis of [`leading_subspace`]."""
+    rank = rank_for_energy(energies, total_energy, options.energy, options.min_rank, options.max_rank)
+    return basis[:, :rank].to(STORAGE_DTYPES[options.dtype]).cpu().contiguous()

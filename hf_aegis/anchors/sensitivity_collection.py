@@ -1,0 +1,189 @@
+"""Collects the sensitivity of a model's predictions to pairs of directions of its linear layers' weights."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_aegis.anchors.linears import find_linears
+from hf_aegis.anchors.prediction_gradients import PredictionGradients
+from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices, leading_basis, masked_values
+from hf_aegis.anchors.sensitivities import PairSensitivity
+from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
+
+
+# Most numbers in the products of a chunk of samples: 128 MB in float32.
+_CHUNK_NUMBERS = 2**25
+
+
+def check_passes(batches: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Refuses batches that can be iterated over only once.
+
+    Raises:
+        ValueError: if they are an iterator.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"sensitivities take several passes over the batches, found a {type(batches).__name__}, which ends after "
+            "one: give a list or a DataLoader"
+        )
+
+
+def collect_sensitivities(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: nn.ModuleList,
+    subspaces: Mapping[str, InputSubspace],
+    options: SubspaceOptions,
+    *,
+    tokens: str = "all",
+    num_batches: int | None = None,
+    progress: bool = True,
+) -> dict[str, PairSensitivity]:
+    """
+    Runs the model forwards and backwards over the batches, twice: for the principal directions of the gradients at
+    its linear layers' outputs, and for the sensitivity to each pair of one of them and one of the inputs'. The noise
+    that gradients are made of differs between the two.
+
+    Args:
+        model (`nn.Module`): The model, wrapped or not.
+        batches (`Iterable[Mapping[str, Any]]`): See [`ActivationAnchor.collect`]; iterated over twice.
+        layers (`nn.ModuleList`): Its decoder layers.
+        subspaces (`Mapping[str, InputSubspace]`): Of the linear layers' inputs.
+        options ([`SubspaceOptions`]): How they were collected, and the sensitivities are to be.
+        tokens (`str`, *optional*, defaults to `"all"`): The kind of tokens that count in the linear layers.
+        num_batches (`int`, *optional*): How many batches to take; all by default.
+        progress (`bool`, *optional*, defaults to `True`): Shows progress bars.
+
+    Returns:
+        `dict[str, PairSensitivity]`: by linear layer, on the CPU.
+
+    Raises:
+        ValueError: if no prediction counts in a batch, predictions do not depend on a linear layer, or gradients are
+            not finite.
+    """
+    linears = find_linears(model, layers, options.modules)
+    gradients = PredictionGradients(
+        model,
+        layers,
+        linears,
+        temperature=options.temperature,
+        tokens=tokens,
+        seed=options.seed,
+        num_batches=num_batches,
+        progress=progress,
+    )
+    moments = OutputMoments(options)
+    gradients.run(batches, moments, "Collecting output gradients")
+    bases = {name: moments.basis(name) for name in linears}
+    products = PairProducts(subspaces, bases)
+    num_samples = gradients.run(batches, products, "Collecting sensitivities")
+    return {name: products.sensitivity(name, num_samples) for name in linears}
+
+
+class OutputMoments:
+    """
+    Second moments E[g gᵀ] of the gradients at linear layers' outputs, over the tokens that count.
+
+    Args:
+        options ([`SubspaceOptions`]): `max_output_rank`, `dtype`, and which widths are sketched.
+    """
+
+    def __init__(self, options: SubspaceOptions):
+        self.options = dataclasses.replace(
+            options, energy=1.0, min_rank=1, max_rank=options.max_output_rank, sensitivity=False
+        )
+        self._test_matrices = TestMatrices(self.options)
+        self._moments: dict[str, SecondMoments] = {}
+
+    def see_input(self, name: str, input: Tensor, mask: Tensor | None) -> None:
+        """Nothing to do."""
+
+    def see_gradient(self, name: str, gradient: Tensor, mask: Tensor | None, num_samples: int) -> None:
+        """Adds the gradient of a batch."""
+        if name not in self._moments:
+            width, device = gradient.shape[-1], gradient.device
+            self._moments[name] = SecondMoments(width, device, self._test_matrices.matrix(width, device))
+        self._moments[name].add(gradient, mask)
+
+    def end_batch(self) -> None:
+        """Nothing to do."""
+
+    def basis(self, name: str) -> Tensor:
+        """
+        The leading directions `(out, m)` of what was added, on the CPU. The sums are let go, as they are larger.
+
+        Raises:
+            ValueError: if nothing counts, or gradients are not finite; the linear layer is named.
+        """
+        moments = self._moments.pop(name)
+        energies, basis, total, _ = moments.eigenpairs(f"gradients at the outputs of {name}")
+        return leading_basis(energies, basis, total, self.options)
+
+
+class PairProducts:
+    r"""
+    Sums over samples of \\((v_i^T (\sum_t g_t x_t^T) u_j)^2\\) for the linear layers' output directions v and input
+    directions u: products over a batch in float32, or float64 where the model is, sums in float64.
+
+    Args:
+        subspaces (`Mapping[str, InputSubspace]`): With the bases u.
+        bases (`Mapping[str, Tensor]`): The bases v `(out, m)`, by linear layer.
+    """
+
+    def __init__(self, subspaces: Mapping[str, InputSubspace], bases: Mapping[str, Tensor]):
+        self._subspaces = {name: subspace for subspace in subspaces.values() for name in subspace.linears}
+        self._bases = bases
+        self._placed: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def see_input(self, name: str, input: Tensor, mask: Tensor | None) -> None:
+        """Keeps an input's components along the input directions until the backward pass, once for all that share."""
+        subspace = self._subspaces[name]
+        if (owner := subspace.linears[0]) not in self._inputs:
+            self._inputs[owner] = self._turned(input, mask, f"inputs of {owner}", subspace.basis)
+
+    def see_gradient(self, name: str, gradient: Tensor, mask: Tensor | None, num_samples: int) -> None:
+        """Adds the squared products of a batch."""
+        inputs = self._inputs[self._subspaces[name].linears[0]]
+        outputs = self._turned(gradient, mask, f"outputs of {name}", self._bases[name])
+        if outputs.shape[:-1].numel() % num_samples:
+            raise ValueError(
+                f"linear layer {name} runs on {outputs.shape[:-1].numel()} inputs, which do not divide between "
+                f"{num_samples} samples"
+            )
+        outputs, inputs = (rows.reshape(num_samples, -1, rows.shape[-1]) for rows in (outputs, inputs))
+        if name not in self._sums:
+            # Apple's GPUs have no float64.
+            dtype = torch.float32 if outputs.device.type == "mps" else torch.float64
+            shape = outputs.shape[-1], inputs.shape[-1]
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=outputs.device)
+        chunk = max(1, _CHUNK_NUMBERS // self._sums[name].numel())
+        with torch.autocast(outputs.device.type, enabled=False):
+            for some_outputs, some_inputs in zip(outputs.split(chunk), inputs.split(chunk), strict=True):
+                self._sums[name] += torch.bmm(some_outputs.mT, some_inputs).square().sum(dim=0)
+
+    def end_batch(self) -> None:
+        """Forgets the batch's inputs."""
+        self._inputs.clear()
+
+    def sensitivity(self, name: str, num_samples: int) -> PairSensitivity:
+        """
+        The mean over so many samples, on the CPU, in float32.
+
+        Raises:
+            ValueError: if it is not finite; the linear layer is named.
+        """
+        return PairSensitivity(name, self._bases[name], (self._sums.pop(name) / num_samples).float().cpu())
+
+    def _turned(self, vectors: Tensor, mask: Tensor | None, what: str, basis: Tensor) -> Tensor:
+        """Components `(..., k)` of vectors along a basis; bases stay where the vectors are."""
+        values = masked_values(vectors, mask)
+        if what not in self._placed:
+            self._placed[what] = basis.to(values.device, values.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            return values @ self._placed[what]
