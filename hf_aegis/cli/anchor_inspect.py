@@ -1,14 +1,18 @@
-"""`hf-aegis anchor inspect`: what an anchor was collected from, and the rank of every subspace in it."""
+"""`hf-aegis anchor inspect`: what an anchor was collected from, the rank of every subspace in it, and what it is sensitive to."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hf_aegis.cli.command_parser import CommandParser
 
 
 if TYPE_CHECKING:
-    from hf_aegis.anchors import AnchorFingerprint, InputSubspace
+    from hf_aegis.anchors import AnchorFingerprint, InputSubspace, PairSensitivity
+
+
+# Shares of the sensitivity that are worth holding.
+_SHARES = (0.9, 0.95, 0.99)
 
 
 def configure(parser: CommandParser) -> None:
@@ -19,7 +23,7 @@ def configure(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Prints the anchor's fingerprint, and a table of its subspaces.
+    Prints the anchor's fingerprint, and tables of its subspaces and its sensitivities.
 
     Raises:
         OSError: if there is no such anchor.
@@ -31,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(format_fingerprint(anchor.fingerprint))
     print()
     print(format_subspaces(anchor.subspaces) if anchor.subspaces else "no subspaces")
+    if anchor.sensitivities:
+        print()
+        print(format_sensitivities(anchor.sensitivities, anchor.subspaces))
     return 0
 
 
@@ -56,8 +63,53 @@ def format_subspaces(subspaces: "Mapping[str, InputSubspace]") -> str:
             f"{100 * subspace.energy_share:.3f} %",
             f"{subspace.num_inputs:,}",
         )
-        for subspace in subspaces.values()
+        for _, subspace in sorted(subspaces.items(), key=lambda item: _by_number(item[0]))
     ]
+    return _table(heads, rows)
+
+
+def format_sensitivities(
+    sensitivities: "Mapping[str, PairSensitivity]", subspaces: "Mapping[str, InputSubspace]"
+) -> str:
+    """
+    A table with a line for each linear layer, and one for all of them: width and rank of outputs and inputs, share of
+    the sensitivity over all layers, and the share of the weight's pairs of directions (out · in of them) that are
+    above the one threshold, for all layers, which holds 90, 95 or 99 % of the sensitivity.
+    """
+    from hf_aegis.gradients.held_pairs import sensitivity_threshold
+
+    inputs = {name: subspace.width for subspace in subspaces.values() for name in subspace.linears}
+    values = {name: sensitivities[name].sensitivities.double() for name in sorted(sensitivities, key=_by_number)}
+    thresholds = [sensitivity_threshold(values.values(), share) for share in _SHARES]
+    total = sum(float(table.sum()) for table in values.values())
+    heads = ("weight of", "outputs", "rank", "inputs", "rank", "sensitivity", *(f"{share:.0%}" for share in _SHARES))
+    rows, held, pairs = [], [0] * len(_SHARES), 0
+    for name, table in values.items():
+        width = sensitivities[name].output_basis.shape[0]
+        above = [int(((table >= threshold) & (table > 0)).sum()) for threshold in thresholds]
+        rows.append(
+            (
+                name,
+                f"{width:,}",
+                f"{table.shape[0]:,}",
+                f"{inputs[name]:,}",
+                f"{table.shape[1]:,}",
+                _percent(float(table.sum()), total),
+                *(_percent(count, width * inputs[name]) for count in above),
+            )
+        )
+        held = [sum(counts) for counts in zip(held, above, strict=True)]
+        pairs += width * inputs[name]
+    rows.append(("all", "", "", "", "", _percent(total, total), *(_percent(count, pairs) for count in held)))
+    return _table(heads, rows)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.3f} %" if whole > 0 else "-"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is on the left, the others on the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -65,6 +117,11 @@ def format_subspaces(subspaces: "Mapping[str, InputSubspace]") -> str:
         )
         for row in (heads, *rows)
     )
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _shared(linears: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ import torch
 from hf_aegis.anchors import ActivationAnchor, AnchorFingerprint, InputSubspace, SubspaceOptions
 from hf_aegis.cli import TWO_WORD_COMMANDS, main
 from hf_aegis.cli.anchor import AnchorRecipe
+from hf_aegis.cli.anchor_inspect import format_subspaces
 from hf_aegis.cli.recipe import parse_recipe
 
 
@@ -53,6 +54,14 @@ def test_an_anchor_without_subspaces_is_described_too(tmp_path, capsys):
 def test_what_is_no_anchor_is_told_in_one_line(tmp_path, capsys):
     assert main(["anchor", "inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("hf-aegis anchor inspect: error: ")
+
+
+def test_layers_are_in_the_order_of_their_numbers():
+    names = ["layers.0.a", "layers.2.a", "layers.10.a", "projector"]
+    subspaces = {
+        name: InputSubspace((name,), torch.eye(3), torch.ones(3), 3.0) for name in sorted(names, reverse=True)
+    }
+    assert [line.split()[0] for line in format_subspaces(subspaces).splitlines()[1:]] == names
 
 
 @pytest.mark.parametrize("argv", [["anchor", "inspect", "--help"], ["--help"]])
