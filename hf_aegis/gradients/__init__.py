@@ -20,6 +20,7 @@ from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.freezing import freeze_unheld
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.held_pairs import HeldPairs
 from hf_aegis.gradients.held_subspace import HeldSubspace
 from hf_aegis.gradients.held_weight import HeldWeight
 from hf_aegis.gradients.layer_losses import DistillationLoss, LayerRecorder, TransportLoss
@@ -43,6 +44,7 @@ __all__ = [
     "GradientCombiner",
     "GradientProjector",
     "GradientShield",
+    "HeldPairs",
     "HeldSubspace",
     "HeldWeight",
     "LayerLeakError",

@@ -1,6 +1,7 @@
 """Measures, on held-out anchored data, how far a trained model is from what it was."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from hf_aegis.anchors import find_decoder_layers, unwrap_model
 from hf_aegis.anchors.collection import evaluation_mode
 from hf_aegis.functional.moments import check_mask
 from hf_aegis.gradients.forward_pass import hidden_output
+from hf_aegis.gradients.held_subspace import HeldSubspace
 from hf_aegis.gradients.linear_probes import LinearDeviation, LinearProbes
 from hf_aegis.gradients.linear_sites import sites_by_name, subspaces_of
 
@@ -71,8 +73,8 @@ class Certificate:
             with a zero in `attention_mask` `(B, T)` do not count.
         subspaces ([`ActivationAnchor`], or [`InputSubspace`]s):
             The subspaces that inside and outside refer to.
-        ranks (`Mapping[str, int]`, *optional*):
-            How many directions of its subspace each linear holds, as `HeldSubspace.ranks` says. All by default.
+        held ([`HeldSubspace`], *optional*):
+            What is held: its directions or pairs count as inside. By default all directions of the subspaces do.
         tokens_per_linear (`int`, *optional*, defaults to `256`):
             Most inputs that are sampled for each subspace.
         last_tokens (`int`, *optional*, defaults to `4`):
@@ -93,7 +95,7 @@ class Certificate:
         batches: Iterable[Mapping[str, Any]],
         subspaces: "ActivationAnchor | Mapping[str, InputSubspace] | Iterable[InputSubspace]",
         *,
-        ranks: Mapping[str, int] | None = None,
+        held: HeldSubspace | None = None,
         tokens_per_linear: int = 256,
         last_tokens: int = 4,
         layers: str | nn.ModuleList | None = None,
@@ -111,9 +113,11 @@ class Certificate:
         groups = subspaces_of(subspaces)
         sites = sites_by_name(model, groups, layers)
         stored = {name: group.basis.shape[1] for group in groups for name in group.linears}
-        if ranks is not None and (unknown := sorted(set(stored) - set(ranks))):
-            raise ValueError(f"ranks: none for the linear {unknown[0]!r}, which has a subspace")
-        self._probes = LinearProbes(sites, groups, stored if ranks is None else ranks, tokens_per_linear, seed)
+        ranks, pairs = (stored, {}) if held is None else (held.ranks, held.pairs)
+        if unknown := sorted(set(stored) - set(ranks)):
+            raise ValueError(f"held: of another anchor, without the linear {unknown[0]!r}, which has a subspace")
+        self._probes = LinearProbes(sites, groups, ranks, pairs, tokens_per_linear, seed)
+        self._picks_logits = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
         with evaluation_mode(model), self._probes.sampling():
             self._before = [self._run(batch) for batch in self._batches]
 
@@ -155,6 +159,14 @@ class Certificate:
                 raise ValueError(f"decoder layer {index} ran twice in one forward pass")
             outputs[index] = _chosen(hidden_output(output).detach(), mask).cpu()
 
+        compared = None if mask is None else last_of(mask, mask, self.last_tokens)
+        if self._picks_logits and "logits_to_keep" not in inputs:
+            # The head over the whole vocabulary costs most: it runs where some sample's logits are compared.
+            positions: Any = self.last_tokens
+            if compared is not None:
+                positions = compared.any(0).nonzero()[:, 0]
+                compared = compared[:, positions]
+            inputs["logits_to_keep"] = positions
         hooks = [layer.register_forward_hook(partial(keep, i)) for i, layer in enumerate(self._layers)]
         try:
             with torch.no_grad():
@@ -166,7 +178,8 @@ class Certificate:
             raise ValueError(f"decoder layers {silent} did not run in the forward pass")
         logits = getattr(result, "logits", None)
         if isinstance(logits, Tensor):
-            logits = _chosen(logits, last_of(mask, logits, self.last_tokens)).cpu()
+            chosen = last_of(None, logits, self.last_tokens) if compared is None else compared
+            logits = _chosen(logits, chosen).cpu()
         return [outputs[index] for index in range(len(self._layers))], logits
 
 

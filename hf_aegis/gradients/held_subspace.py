@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hf_aegis.functional.subspace import rank_for_energy
 from hf_aegis.gradients.freezing import freeze_unheld
-from hf_aegis.gradients.held_weight import HeldWeight, local_rows, pinned
+from hf_aegis.gradients.held_pairs import HeldPairs, choose_pairs
+from hf_aegis.gradients.held_weight import HeldWeight, local_rows
 from hf_aegis.gradients.linear_sites import LinearSite, orthonormal_basis, sites_by_name, subspaces_of
 
 
@@ -42,11 +43,16 @@ class HeldSubspace:
     \\(A U = 0\\), with which the linear acts on the subspace as without them. LoRA's dropout takes inputs out of the
     subspace while training; in evaluation the constraint counts as it stands.
 
-    Make it with the weights to be held, on their devices and after FSDP2 sharded them. Weights that are sharded by
-    rows are restored without communication, replicated ones alike in each process. A weight in bfloat16 or float16
-    keeps the constraint to its own rounding, which does not add up over steps. An optimiser that keeps float32 copies
-    of such weights writes its copy over the restored weight in the next step: what it did inside of the subspace adds
-    up in the copy, though not in the weight as it is after each call.
+    With `sensitivity`, single pairs of an output and an input direction \\(v_i^\top W u_j\\) are held in place of
+    whole input directions: those that the predictions on the anchored data are most sensitive to, wherever in the
+    model they are. That leaves more of the weights free, but layers' outputs may change, and what is kept is kept as
+    far as the sensitivities, which are of the model before training, foretell it.
+
+    It may be made before or after FSDP2 shards the weights. Those that are sharded by rows are restored without
+    communication, but for pairs (see [`HeldWeight`]), replicated ones alike in each process. A weight in bfloat16 or
+    float16 keeps the constraint to its own rounding, which does not add up over steps. An optimiser that keeps float32
+    copies of such weights writes its copy over the restored weight in the next step: what it did inside of the
+    subspace adds up in the copy, though not in the weight as it is after each call.
 
     Args:
         model (`torch.nn.Module`):
@@ -59,6 +65,11 @@ class HeldSubspace:
             this says nothing, or asks for more than is stored.
         max_rank (`int`, *optional*):
             Bound on the number of directions for each linear.
+        sensitivity (`float`, *optional*):
+            Share of the predictions' sensitivity that is held, above 0 and at most 1: the pairs of the largest
+            sensitivities, over all linears that train together, until they add up to it. The input directions are
+            those that `energy` and `max_rank` leave, and the sum is over their pairs. Needs an anchor with
+            sensitivities. By default whole input directions are held.
         softness (`float`, *optional*, defaults to `0.0`):
             With \\(\gamma > 0\\), direction \\(j\\) of energy \\(e_j\\) is brought back by the share
             \\(s_j = e_j / (e_j + \gamma \bar e)\\) of the way in each call, where \\(\bar e\\) is the mean energy per
@@ -73,14 +84,18 @@ class HeldSubspace:
     Attributes:
         weights (`dict[str, HeldWeight]`): What is held, by name: that of the linear, with `.lora_A.<adapter>` added
             for adapters.
-        ranks (`dict[str, int]`): Number of directions for each linear that has a subspace.
+        ranks (`dict[str, int]`): Number of input directions for each linear that has a subspace; with `sensitivity`,
+            of those that pairs are taken from.
+        pairs (`dict[str, HeldPairs]`): With `sensitivity`, the pairs of each linear that trains.
+        held_shares (`dict[str, float]`): For each linear that trains, the number of its held directions or pairs as a
+            share of all that its weight has.
         frozen (`tuple[str, ...]`): Parameters that `freeze` froze.
 
     Raises:
         ValueError: If an argument is out of range; a pattern fits no linear; the subspaces do not fit the model; a
             basis is not orthonormal; a linear of the decoder layers trains without a subspace (with `freeze`);
             nothing is left to hold; a weight is quantised or sharded by columns; an adapter is not a plain LoRA, or
-            already acts on the subspace.
+            already acts on the subspace; `sensitivity` meets `softness`, adapters, or an anchor without sensitivities.
     """
 
     def __init__(
@@ -90,6 +105,7 @@ class HeldSubspace:
         *,
         energy: float | Mapping[str, float] | None = None,
         max_rank: int | None = None,
+        sensitivity: float | None = None,
         softness: float = 0.0,
         layers: str | nn.ModuleList | None = None,
         freeze: bool = True,
@@ -99,6 +115,10 @@ class HeldSubspace:
             raise ValueError(f"max_rank must be at least 1, found {max_rank}")
         if not 0 <= softness < float("inf"):
             raise ValueError(f"softness must be finite and not negative, found {softness}")
+        if sensitivity is not None and not 0 < sensitivity <= 1:
+            raise ValueError(f"sensitivity must be above 0 and at most 1, found {sensitivity}")
+        if sensitivity is not None and softness:
+            raise ValueError("softness is for whole input directions: it cannot be combined with sensitivity")
         if every < 1:
             raise ValueError(f"every must be at least 1, found {every}")
         groups = subspaces_of(subspaces)
@@ -107,19 +127,24 @@ class HeldSubspace:
         self.every = every
         self.softness = softness
         self.frozen: tuple[str, ...] = ()
-        self.ranks: dict[str, int] = {}
+        self.ranks = {name: _rank(g, energies[name], max_rank) for g in groups for name in g.linears}
+        self.pairs: dict[str, HeldPairs] = {}
+        if sensitivity is not None:
+            self.pairs = choose_pairs(subspaces, sites, groups, self.ranks, sensitivity)
+        self.held_shares: dict[str, float] = {}
         self.weights: dict[str, HeldWeight] = {}
         self._left_out: dict[str, nn.Module] = {}
         self._calls = 0
         for group in groups:
-            self.ranks |= {name: _rank(group, energies[name], max_rank) for name in group.linears}
             basis = orthonormal_basis(group)[:, : max(self.ranks[name] for name in group.linears)]
             # Linears that read one input share the memory of its basis.
             bases: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-            for site in (site for name in group.linears if self.ranks[name] for site in sites[name]):
+            for site in (site for name in group.linears for site in sites[name]):
                 self._hold(site, group, basis, bases)
         if not self.weights:
-            raise ValueError("nothing to hold: none of the linears with a subspace trains, or energy is 0 for all")
+            raise ValueError(
+                "nothing to hold: none of the linears with a subspace trains, or energy or sensitivity is 0"
+            )
         if freeze:
             self.frozen = freeze_unheld(model, groups, layers)
 
@@ -128,7 +153,7 @@ class HeldSubspace:
         Restores the constraint, in every n-th call. To be called after each optimiser step.
 
         Raises:
-            RuntimeError: If a weight was moved or sharded since, or one that was frozen trains now.
+            RuntimeError: If a weight has other rows than it had, or one that was frozen trains now.
         """
         self._calls += 1
         if self._calls % self.every == 0:
@@ -145,7 +170,8 @@ class HeldSubspace:
     def deviation(self) -> dict[str, float]:
         r"""
         How far each weight is from its constraint: \\(\|W U - C\| / \|C\|\\), or \\(\|A U\| / \|A\|\\) for an adapter;
-        over this process's rows where the weight is sharded.
+        over this process's rows where the weight is sharded. With `sensitivity`, over the held pairs and all rows, for
+        which all processes have to call it.
         """
         return {name: weight.deviation() for name, weight in self.weights.items()}
 
@@ -156,6 +182,10 @@ class HeldSubspace:
         whole: Tensor,
         bases: dict[tuple[torch.device, torch.dtype], Tensor],
     ) -> None:
+        rank, pairs = self.ranks[site.name], self.pairs.get(site.name)
+        if not rank:
+            self.held_shares |= {site.name: 0.0} if site.trains else {}
+            return
         parts = {site.name: site.linear}
         if site.has_adapters:
             parts |= {f"{site.name}.lora_A.{name}": a for name, a in _adapters(site).items()}
@@ -163,14 +193,24 @@ class HeldSubspace:
             if not linear.weight.requires_grad:
                 self._left_out[name] = linear
                 continue
+            self.held_shares[site.name] = _held_share(site.linear, rank, pairs)
+            if not self.held_shares[site.name]:
+                continue
             rows = local_rows(linear)
             place = rows.device, torch.promote_types(rows.dtype, torch.float32)
             if place not in bases:
                 bases[place] = whole.to(*place)
-            rank = self.ranks[site.name]
             basis = bases[place][:, :rank]
             share = None if self.softness == 0 else _shares(group, self.softness)[:rank].to(*place)
-            if linear is site.linear:
+            if pairs is not None:
+                output_basis, columns, mask = pairs.compact()
+                held = HeldWeight(
+                    linear,
+                    basis[:, columns.to(basis.device)],
+                    share=None if bool(mask.all()) else mask.to(basis.device),
+                    output_basis=output_basis.to(*place),
+                )
+            elif linear is site.linear:
                 held = HeldWeight(linear, basis, share=share)
             else:
                 held = self._adapter(site, name, linear, basis, share)
@@ -180,8 +220,7 @@ class HeldSubspace:
         self, site: LinearSite, name: str, linear: nn.Module, basis: Tensor, share: Tensor | None
     ) -> HeldWeight:
         """Holds A U = 0, and starts there where that does not change the function."""
-        away = pinned(linear, basis)
-        held = HeldWeight(linear, basis, torch.zeros_like(away), share)
+        held = HeldWeight(linear, basis, basis.new_zeros(local_rows(linear).shape[0], basis.shape[1]), share)
         site_b: Any = site.module.lora_B
         idle = not bool(local_rows(site_b[name.rpartition(".")[2]]).any())
         tolerance = max(1e-3, 4 * torch.finfo(local_rows(linear).dtype).eps)
@@ -225,6 +264,11 @@ def _rank(group: "InputSubspace", energy: float | None, max_rank: int | None) ->
     if energy is None:
         return min(stored, bound)
     return rank_for_energy(group.energies, group.total_energy, energy, 1, bound)
+
+
+def _held_share(linear: Any, rank: int, pairs: HeldPairs | None) -> float:
+    width, outputs = linear.in_features, linear.out_features
+    return rank / width if pairs is None else int(pairs.mask.sum()) / (width * outputs)
 
 
 def _shares(group: "InputSubspace", softness: float) -> Tensor:

@@ -5,40 +5,57 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class HeldWeight:
     r"""
     Holds \\(W U = C\\) for the weight \\(W\\) of a linear layer, whatever an optimiser does to it, by
-    \\(W \leftarrow W - ((W U - C) \mathrm{diag}(s)) U^\top\\).
+    \\(W \leftarrow W - ((W U - C) \mathrm{diag}(s)) U^\top\\). Or, with output directions \\(V\\), the pairs
+    \\(V^\top W U = C\\), by \\(W \leftarrow W - V (S \circ (V^\top W U - C)) U^\top\\).
 
     Arithmetic is in float32 or better. A weight in half precision is rounded once per restoration, so that each of its
     rows comes within the rounding of that row of the constraint; as \\(C\\) stays what it was, that does not add up
-    over steps. Where the weight is sharded by rows, a process works on its own rows and needs nothing of the others.
+    over steps.
+
+    Where the weight is sharded by rows, a process works on its own rows. Whole input directions need nothing of the
+    others; pairs do, as \\(V^\top W U\\) is a sum over all rows: one all-reduce of `(m, k)` numbers for each
+    restoration, so that all processes have to call it. The weight may be sharded or moved after this was made: the
+    process then keeps its own rows of what it has.
 
     Args:
         linear (`torch.nn.Module`):
             Has the weight, `(out, in)`. It is looked up anew each time.
         basis (`Tensor` of shape `(in, k)`):
             \\(U\\), orthonormal, on the weight's device, in float32 or better.
-        target (`Tensor` of shape `(rows, k)`, *optional*):
-            \\(C\\), for this process's rows of the weight. By default what the weight does now; see [`pinned`].
-        share (`Tensor` of shape `(k,)`, *optional*):
-            \\(s\\), from 0 to 1: how much of the way each direction is brought back. Ones by default.
+        target (`Tensor` of shape `(rows, k)` or `(m, k)`, *optional*):
+            \\(C\\); without output directions for this process's rows of the weight. By default what the weight does
+            now.
+        share (`Tensor` of shape `(k,)` or `(m, k)`, *optional*):
+            \\(s\\) or \\(S\\), from 0 to 1, or booleans: how much of the way each direction or pair is brought back.
+            Ones by default.
+        output_basis (`Tensor` of shape `(out, m)`, *optional*):
+            \\(V\\), orthonormal, of the basis's dtype; all rows, also where the weight is sharded.
 
     Raises:
         ValueError: If the weight is not a matrix of floating-point numbers on this process, or sharded by columns.
     """
 
     def __init__(
-        self, linear: nn.Module, basis: Tensor, target: Tensor | None = None, share: Tensor | None = None
+        self,
+        linear: nn.Module,
+        basis: Tensor,
+        target: Tensor | None = None,
+        share: Tensor | None = None,
+        output_basis: Tensor | None = None,
     ) -> None:
         self.linear = linear
         self.basis = basis
         self.share = share
-        self.target = pinned(linear, basis) if target is None else target
+        weight = local_rows(linear)
+        self.output_basis = None if output_basis is None else _own_rows(linear, output_basis)
+        self.target = self._action(weight) if target is None else target
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -46,14 +63,16 @@ class HeldWeight:
         Brings the weight back to the constraint, in place.
 
         Raises:
-            RuntimeError: If the weight was sharded since, or moved to another device.
+            RuntimeError: If the weight has other rows than it had.
         """
         weight = self._rows()
-        away = self._away(weight)
+        away = self._action(weight).sub_(self.target)
         if self.share is not None:
             away *= self.share
         # In TF32 where that is allowed: away from the constraint by a thousandth of what one step came away from it.
         with torch.autocast(weight.device.type, enabled=False):
+            if self.output_basis is not None:
+                away = self.output_basis @ away
             if weight.dtype == away.dtype:
                 weight.addmm_(away, self.basis.T, alpha=-1)
             else:
@@ -62,27 +81,57 @@ class HeldWeight:
     @torch.no_grad()
     def deviation(self) -> float:
         r"""
-        \\(\|W U - C\| / \|C\|\\) in the Frobenius norm, over this process's rows; relative to \\(\|W\|\\) where
-        \\(C = 0\\).
+        \\(\|W U - C\| / \|C\|\\) in the Frobenius norm, over this process's rows; or
+        \\(\|V^\top W U - C\| / \|C\|\\) over the pairs that are held. Relative to \\(\|W\|\\) where \\(C = 0\\).
         """
         weight = self._rows()
-        away = torch.linalg.vector_norm(self._away(weight))
-        whole = torch.linalg.vector_norm(self.target)
+        target, away = self.target, self._action(weight).sub_(self.target)
+        if self.share is not None:
+            target, away = target * (self.share != 0), away * (self.share != 0)
+        whole = torch.linalg.vector_norm(target)
         if whole == 0:
             whole = torch.linalg.vector_norm(weight.to(away.dtype))
-        return float(away / whole) if whole > 0 else 0.0
+        return float(torch.linalg.vector_norm(away) / whole) if whole > 0 else 0.0
 
     def _rows(self) -> Tensor:
         weight = local_rows(self.linear)
-        if weight.shape[0] != self.target.shape[0] or weight.device != self.target.device:
-            raise RuntimeError(
-                f"a held weight has {weight.shape[0]} rows on {weight.device} in this process, but had "
-                f"{self.target.shape[0]} on {self.target.device}: hold it after the model was moved and sharded"
-            )
+        by_row = self.target if self.output_basis is None else self.output_basis
+        if weight.shape[0] != by_row.shape[0] or weight.device != by_row.device:
+            self._follow(weight, by_row)
         return weight
 
-    def _away(self, weight: Tensor) -> Tensor:
-        return product(weight, self.basis).sub_(self.target)
+    def _follow(self, weight: Tensor, by_row: Tensor) -> None:
+        """Goes where the weight went, and keeps this process's rows alone if it has been sharded."""
+        whole: Any = self.linear.weight
+        if by_row.shape[0] != whole.shape[0]:
+            raise RuntimeError(
+                f"a held weight has {weight.shape[0]} rows on {weight.device} in this process, but had "
+                f"{by_row.shape[0]} on {by_row.device}: hold it anew, or after the model was moved and sharded"
+            )
+        mine = _own_rows(self.linear, by_row)
+        if self.output_basis is None:
+            self.target = mine
+        else:
+            self.output_basis, self.target = mine, self.target.to(weight.device)
+        self.basis = self.basis.to(weight.device)
+        self.share = None if self.share is None else self.share.to(weight.device)
+
+    def _action(self, weight: Tensor) -> Tensor:
+        r"""
+        \\(W U\\) `(rows, k)` or \\(V^\top W U\\) `(m, k)` in the basis's precision, whatever autocast and TF32 say:
+        it is the difference between two of these that tells how far the weight has come.
+        """
+        with torch.autocast(weight.device.type, enabled=False), _without_tf32(weight.device):
+            action = weight.to(self.basis.dtype) @ self.basis
+            if self.output_basis is None:
+                return action
+            action = self.output_basis.T @ action
+        parameter: Any = self.linear.weight
+        if isinstance(parameter, DTensor):
+            for dim, placement in enumerate(parameter.placements):
+                if placement.is_shard():
+                    distributed.all_reduce(action, group=parameter.device_mesh.get_group(dim))
+        return action
 
 
 def local_rows(linear: nn.Module) -> Tensor:
@@ -110,19 +159,13 @@ def local_rows(linear: nn.Module) -> Tensor:
     return weight
 
 
-@torch.no_grad()
-def pinned(linear: nn.Module, basis: Tensor) -> Tensor:
-    r"""What this process's rows of a weight now do on a subspace, \\(W U\\): `(rows, k)`."""
-    return product(local_rows(linear), basis)
-
-
-def product(weight: Tensor, basis: Tensor) -> Tensor:
-    r"""
-    \\(W U\\) `(rows, k)` in the basis's precision, whatever autocast and TF32 say: it is the difference between two of
-    these that tells how far the weight has come.
-    """
-    with torch.autocast(weight.device.type, enabled=False), _without_tf32(weight.device):
-        return weight.to(basis.dtype) @ basis
+def _own_rows(linear: nn.Module, whole: Tensor) -> Tensor:
+    """This process's rows of `(out, ...)` values, as the weight is placed; nothing is communicated."""
+    parameter: Any = linear.weight
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return placed.to_local().clone()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from hf_aegis.gradients.held_pairs import HeldPairs
 from hf_aegis.gradients.linear_sites import LinearSite, orthonormal_basis
 
 
@@ -26,9 +27,10 @@ class LinearDeviation:
 
     Attributes:
         output (`float`): \\(\|y - y_0\| / \|y_0\|\\).
-        inside (`float`): The part from within the subspace, \\(\|(W U - C) U^\top x\| / \|y_0\|\\).
-        outside (`float`): The part from outside of it, \\(\|(W - W_0)(I - U U^\top) x\| / \|y_0\|\\), with what a bias
-            changed.
+        inside (`float`): The part from within the subspace, \\(\|(W U - C) U^\top x\| / \|y_0\|\\); where pairs of
+            directions are held, theirs, \\(\|V (M \circ (V^\top W U - C)) U^\top x\| / \|y_0\|\\).
+        outside (`float`): The rest, with what a bias changed: from outside of it,
+            \\(\|(W - W_0)(I - U U^\top) x\| / \|y_0\|\\).
         outside_energy (`float`): Share of the inputs' energy outside of the subspace,
             \\(\|(I - U U^\top) x\|^2 / \|x\|^2\\).
         inputs (`int`): Number of inputs.
@@ -82,6 +84,7 @@ class LinearProbes:
         sites (`Mapping[str, Sequence[LinearSite]]`): The linears, by name.
         subspaces (`Sequence[InputSubspace]`): Their subspaces.
         ranks (`Mapping[str, int]`): How many directions of the subspace count as inside, for each linear.
+        pairs (`Mapping[str, HeldPairs]`): Where single pairs count as inside in place of whole directions.
         size (`int`): Inputs for each subspace.
         seed (`int`): Of the samples.
     """
@@ -91,11 +94,13 @@ class LinearProbes:
         sites: Mapping[str, Sequence[LinearSite]],
         subspaces: Sequence["InputSubspace"],
         ranks: Mapping[str, int],
+        pairs: Mapping[str, HeldPairs],
         size: int,
         seed: int,
     ) -> None:
         self.subspaces = subspaces
         self.ranks = ranks
+        self.pairs = pairs
         self.mask: Tensor | None = None
         self._sites = sites
         self._samples = [RowSample(size, seed) for _ in subspaces]
@@ -122,21 +127,21 @@ class LinearProbes:
                 raise ValueError(f"the linear {subspace.linears[0]!r} did not run on any token that counts")
             self._inputs.append(rows.float())
         self._samples = []
-        for name, module, inputs, inside in self._runs():
-            self._before[name] = _outputs(module, inputs).cpu(), _outputs(module, inside).cpu()
+        for name, module, inputs, basis in self._runs():
+            self._before[name] = _outputs(module, inputs).cpu(), self._inside(name, module, inputs, basis)
 
     def deviations(self) -> dict[str, LinearDeviation]:
         """How the outputs differ now, by the linears' names."""
         found = {}
-        for name, module, inputs, inside in self._runs():
+        for name, module, inputs, basis in self._runs():
             before, before_inside = self._before[name]
             change = _outputs(module, inputs).cpu() - before
-            change_inside = _outputs(module, inside).cpu() - before_inside
+            change_inside = self._inside(name, module, inputs, basis) - before_inside
             found[name] = LinearDeviation(
                 output=_ratio(change, before),
                 inside=_ratio(change_inside, before),
                 outside=_ratio(change - change_inside, before),
-                outside_energy=_ratio(inputs - inside, inputs) ** 2,
+                outside_energy=_ratio(inputs - inputs @ basis @ basis.T, inputs) ** 2,
                 inputs=inputs.shape[0],
             )
         return found
@@ -152,12 +157,22 @@ class LinearProbes:
             self._samples[index].add(rows)
 
     def _runs(self) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
-        """Each linear with its sampled inputs and the part of them inside of its subspace."""
+        """Each linear with its sampled inputs and the basis of its subspace, `(in, rank)`."""
         for subspace, inputs in zip(self.subspaces, self._inputs, strict=True):
             basis = orthonormal_basis(subspace).float()
             for name in subspace.linears:
-                inside = basis[:, : self.ranks[name]]
-                yield name, self._sites[name][0].module, inputs, inputs @ inside @ inside.T
+                yield name, self._sites[name][0].module, inputs, basis[:, : self.ranks[name]]
+
+    def _inside(self, name: str, module: nn.Module, inputs: Tensor, basis: Tensor) -> Tensor:
+        """What of the outputs is held, without the bias, `(n, out)`."""
+        bias = _outputs(module, inputs.new_zeros(1, inputs.shape[1])).cpu()
+        pairs = self.pairs.get(name)
+        if pairs is None:
+            return _outputs(module, inputs @ basis @ basis.T).cpu() - bias
+        outputs, columns, mask = pairs.compact()
+        directions = basis[:, columns]
+        action = (_outputs(module, directions.T).cpu() - bias) @ outputs.float()
+        return inputs @ directions @ (action * mask.T) @ outputs.float().T
 
 
 @torch.no_grad()

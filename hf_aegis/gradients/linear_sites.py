@@ -135,19 +135,28 @@ def sites_by_name(
 
 
 def orthonormal_basis(subspace: "InputSubspace") -> Tensor:
+    """A subspace's basis `(in, k)` as [`orthonormal`] makes it."""
+    return orthonormal(subspace.basis, repr(subspace.linears[0]))
+
+
+def orthonormal(basis: Tensor, what: str) -> Tensor:
     """
-    A subspace's basis `(in, k)` in float64 on the CPU, orthonormal to rounding even where it is stored in bfloat16;
-    its first columns go on spanning what they spanned.
+    A basis `(D, k)` in float64 on the CPU, orthonormal to rounding even where it is stored in bfloat16; its first
+    columns go on spanning what they spanned.
+
+    Args:
+        basis (`Tensor` of shape `(D, k)`): As it is stored.
+        what (`str`): What it is for; for the error.
 
     Raises:
         ValueError: If the stored basis is further from orthonormal than rounding explains.
     """
-    orthonormal, triangle = torch.linalg.qr(subspace.basis.detach().cpu().double())
+    columns, triangle = torch.linalg.qr(basis.detach().cpu().double())
     signs = triangle.diagonal().sign()
     away = float((triangle - signs.diag()).abs().max())
     if not away < _ROUNDING:
-        raise ValueError(f"the basis for {subspace.linears[0]!r} is not orthonormal: columns are off by {away:.2g}")
-    return orthonormal * signs
+        raise ValueError(f"the basis for {what} is not orthonormal: columns are off by {away:.2g}")
+    return columns * signs
 
 
 def _walk(module: nn.Module, path: str, stack: nn.ModuleList) -> Iterator[LinearSite]:

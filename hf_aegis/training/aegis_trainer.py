@@ -249,8 +249,7 @@ class AEGISTrainer(Trainer):
     def _certificate(self, batches: Iterable[Mapping[str, Any]]) -> Certificate:
         assert self.anchor is not None
         held = self.preservation.held
-        ranks = None if held is None else held.ranks
-        return Certificate(self.model, batches, self.anchor, ranks=ranks, layers=self.args.decoder_layers)
+        return Certificate(self.model, batches, self.anchor, held=held, layers=self.args.decoder_layers)
 
     def _replay_loss(self, batch: Any) -> Tensor:
         inputs = self._prepare_inputs(batch)

@@ -107,8 +107,8 @@ def test_figures_from_the_weights(case):
     inputs = inputs_of(case.model, case.batch)[name].double()
     module = case.model.model.get_submodule(name)
     start = module.weight.detach().clone()
-    ranks = dict.fromkeys(groups, 4) | {name: 3}
-    certificate = Certificate(case.model, [case.batch], groups, ranks=ranks, last_tokens=2)
+    held = HeldSubspace(case.model, groups, max_rank=3)
+    certificate = Certificate(case.model, [case.batch], groups, held=held, last_tokens=2)
     with torch.no_grad():
         before = case.model.eval()(**case.batch, output_hidden_states=True)
         module.weight += 0.1 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
