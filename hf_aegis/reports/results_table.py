@@ -71,6 +71,8 @@ COLUMNS = (
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
     Column("throttle_rate", "throttle rate (%)", ".1f", 100),
     Column("energy_shed", "energy shed (%)", ".2f", 100),
+    Column("certificate_logits", "logits' deviation (%)", ".2f", 100),
+    Column("certificate_divergence", "divergence (nats/token)", ".4f"),
 )
 
 

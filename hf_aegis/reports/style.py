@@ -38,6 +38,24 @@ _PANELS: dict[str, dict[str, str]] = {
         "aegis_lora": "AEGIS + LoRA",
         "weight_interpolation": "weight interpolation",
     },
+    "held input subspaces": {
+        "subspace_99": "subspace, 99 % of the energy",
+        "subspace_95": "subspace, 95 %",
+        "subspace_90": "subspace, 90 %",
+        "subspace_50": "subspace, 50 %",
+    },
+    "held pairs of directions": {
+        "pairs_99": "pairs, 99 % of the sensitivity",
+        "pairs_95": "pairs, 95 %",
+        "pairs_90": "pairs, 90 %",
+        "pairs_80": "pairs, 80 %",
+    },
+    "held otherwise": {
+        "subspace_soft": "subspace, soft",
+        "subspace_unfrozen": "subspace, 90 %, norms and embeddings free",
+        "subspace_both": "subspace, 90 %, and AEGIS",
+        "pairs_both": "pairs, 90 %, and AEGIS",
+    },
     "AEGIS: what is projected": {
         "aegis_global": "AEGIS, global",
         "aegis_tensor": "AEGIS, per tensor",
@@ -57,7 +75,7 @@ _PANELS: dict[str, dict[str, str]] = {
     },
 }
 _METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>", "hP*d", "8H", "D*sv", "^dP", "P>vp")
+_MARKERS = ("s^D", "v<>", "hP*d", "8H", "s^Dv", "<>Pd", "8Hh*", "D*sv", "^dP", "P>vp")
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {

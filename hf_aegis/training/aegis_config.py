@@ -66,6 +66,10 @@ class AEGISConfig(TrainingArguments):
         subspace_energies (`dict[str, float]`, *optional*):
             The same for single linear layers, by patterns of their names such as `"layers.0.*"`; the first that fits
             goes before `subspace_energy`.
+        subspace_sensitivity (`float`, *optional*):
+            Holds single pairs of an input and an output direction in place of whole input directions: those that the
+            predictions on the anchored data are most sensitive to, up to this share of the sensitivity, above 0. Needs
+            an anchor that was collected with `sensitivity`.
         subspace_softness (`float`, *optional*, defaults to `0.0`):
             Above 0, directions are brought back in proportion to their energy rather than entirely.
         subspace_steps (`int`, *optional*, defaults to `1`):
@@ -130,6 +134,9 @@ class AEGISConfig(TrainingArguments):
     subspace_energies: dict[str, float] | None = field(
         default=None, metadata={"help": "The same by patterns of the linear layers' names, as JSON."}
     )
+    subspace_sensitivity: float | None = field(
+        default=None, metadata={"help": "Share of the predictions' sensitivity to hold, pair by pair."}
+    )
     subspace_softness: float = field(default=0.0, metadata={"help": "Holds directions by their energy, not entirely."})
     subspace_steps: int = field(default=1, metadata={"help": "Optimiser steps between restorations."})
     freeze_unheld: bool = field(default=True, metadata={"help": "Freeze norms, biases and embeddings."})
@@ -163,6 +170,11 @@ class AEGISConfig(TrainingArguments):
         for name in ("neuron_cosine_steps", "certificate_steps", "subspace_softness"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} must not be negative, found {value}")
+        if self.subspace_sensitivity is not None:
+            if not 0 < self.subspace_sensitivity <= 1:
+                raise ValueError(f"subspace_sensitivity must lie in (0, 1], found {self.subspace_sensitivity}")
+            if self.subspace_softness:
+                raise ValueError("subspace_softness cannot be combined with subspace_sensitivity")
         shares = {"subspace_energy": self.subspace_energy} | {
             f"subspace_energies[{pattern!r}]": share for pattern, share in (self.subspace_energies or {}).items()
         }
@@ -204,7 +216,8 @@ class AEGISConfig(TrainingArguments):
         if not self.holds_subspaces:
             self._refuse_without_effect(
                 f'preserve="{self.preserve}"',
-                *("subspace_energy", "subspace_energies", "subspace_softness", "subspace_steps", "freeze_unheld"),
+                *("subspace_energy", "subspace_energies", "subspace_sensitivity", "subspace_softness"),
+                *("subspace_steps", "freeze_unheld"),
             )
         if not self.projects:
             self._refuse_without_effect(

@@ -130,6 +130,7 @@ class Preservation:
             model,
             anchor,
             energy=energy,
+            sensitivity=args.subspace_sensitivity,
             softness=args.subspace_softness,
             layers=args.decoder_layers,
             freeze=args.freeze_unheld,
