@@ -124,7 +124,7 @@ class PredictionGradients:
             for index, batch in enumerate(bar):
                 inputs = forward_inputs(batch, device, index)
                 attended = inputs.get("attention_mask")
-                counts = _counting_predictions(batch.get("labels"), attended, device)
+                counts = _counting_predictions(batch.get("labels"), inputs)
                 if counts is not None and not bool(counts.any()):
                     raise ValueError(f"batch {index}: the labels and the attention mask leave no prediction to count")
                 self._mask = select_tokens(attended, inputs.get("input_ids"), self.tokens, self._image_token_id)
@@ -198,16 +198,17 @@ class PredictionGradients:
                 handle.remove()
 
 
-def _counting_predictions(labels: Tensor | None, attended: Tensor | None, device: torch.device) -> Tensor | None:
-    """Where predictions count, `(B, T)`; `None` for everywhere."""
+def _counting_predictions(labels: Tensor | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Where predictions count, `(B, T)`; `None` for everywhere, in inputs that do not tell their tokens."""
+    attended, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     keep = None if attended is None else attended != 0
-    if labels is None:
-        return keep
-    counts = labels.to(device)[:, 1:] != _IGNORED
-    if keep is not None:
-        counts = counts & keep[:, 1:] & keep[:, :-1]
-    # The last token's prediction has no label.
-    return torch.nn.functional.pad(counts, (0, 1), value=False)
+    if labels is not None:
+        counts = labels[:, 1:] != _IGNORED
+        if keep is not None:
+            counts = counts.to(keep.device) & keep[:, 1:] & keep[:, :-1]
+        # The last token's prediction has no label.
+        return nn.functional.pad(counts, (0, 1), value=False)
+    return torch.ones_like(tokens, dtype=torch.bool) if keep is None and isinstance(tokens, Tensor) else keep
 
 
 @contextmanager

@@ -54,16 +54,27 @@ class AnchorRecipe:
         metadata={"help": "modules outside of the decoder layers whose linear layers count too, by end of path"},
     )
     subspace_dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype that the directions are kept in")
+    sensitivity: bool = _option(
+        False, "collect how sensitive the answers are to pairs of directions of the weights as well; needs subspaces"
+    )
+    sensitivity_temperature: float = _option(4.0, "temperature of the predictions that this is about")
+    max_output_rank: int = _option(512, "most output directions per linear layer that this is for")
     seed: int = _option(
         0, "shuffles before num_samples are taken (streamed: from about the first 2 * num_samples of shuffled shards)"
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "subspace_max_rank"):
+        for name in ("num_samples", "batch_size", "subspace_max_rank", "max_output_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not 0 < self.subspace_energy <= 1:
             raise ValueError(f"subspace_energy must be above 0 and at most 1, found {self.subspace_energy}")
+        if not 0 < self.sensitivity_temperature < float("inf"):
+            raise ValueError(
+                f"sensitivity_temperature must be above 0 and finite, found {self.sensitivity_temperature}"
+            )
+        if self.sensitivity and not self.subspaces:
+            raise ValueError("sensitivity needs the subspaces that its pairs are of: set subspaces to true as well")
 
 
 def configure(parser: CommandParser) -> None:
@@ -82,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe: AnchorRecipe = arguments.recipe[0]
 
     import torch
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from hf_aegis.anchors import ActivationAnchor
@@ -92,7 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     importlib.import_module("hf_aegis.models")
     # A wrong option should not cost the loading of a large model first.
     samples = _samples(recipe)
-    starts = range(0, len(samples), recipe.batch_size)
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
     device = resolve_device(recipe.device)
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
@@ -103,14 +114,16 @@ def run(arguments: argparse.Namespace) -> int:
     )
     model.to(device)
     collate = VQACollator(AutoProcessor.from_pretrained(source, revision=recipe.revision))
+    # Samples only have a length and items, which is all that a DataLoader needs of a data set.
+    batches: DataLoader[Any] = DataLoader(samples, batch_size=recipe.batch_size, collate_fn=collate)  # type: ignore[arg-type]
     anchor = ActivationAnchor.collect(
         model,
-        (collate(samples[start : start + recipe.batch_size]) for start in starts),
+        batches,
         moments=recipe.moments,
         tokens=recipe.tokens,
         subspaces=_subspace_options(recipe),
         dataset_id=f"{recipe.dataset}:{recipe.split}",
-        num_batches=len(starts),
+        num_batches=len(batches),
     )
     folder = anchor.save_pretrained(recipe.output_dir)
     write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
@@ -128,6 +141,9 @@ def _subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
         max_rank=recipe.subspace_max_rank,
         modules=tuple(recipe.subspace_modules),
         dtype=recipe.subspace_dtype,
+        sensitivity=recipe.sensitivity,
+        temperature=recipe.sensitivity_temperature,
+        max_output_rank=recipe.max_output_rank,
     )
 
 

@@ -1,4 +1,4 @@
-"""`hf-aegis anchor inspect`: what an anchor was collected from, the rank of every subspace in it, and what it is sensitive to."""
+"""`hf-aegis anchor inspect`: what an anchor was collected from, its subspaces' ranks, and what it is sensitive to."""
 
 import argparse
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,5 @@
-"""Random gradients of predictions, whose second moments are the Gauss-Newton matrix, and the pairs that hold most."""
+"""Random gradients of predictions, whose second moments are the Gauss-Newton matrix."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 
@@ -38,31 +35,3 @@ def predictive_cotangent(logits: Tensor, noise: Tensor, temperature: float = 1.0
     q = (logits.detach().to(noise.dtype) / temperature).softmax(dim=-1)
     weighted = noise * q.sqrt()
     return weighted - q * weighted.sum(dim=-1, keepdim=True)
-
-
-def threshold_for_share(values: Sequence[Tensor], share: float) -> float:
-    """
-    The largest threshold such that the values not below it hold a share of the sum over all tensors.
-
-    Args:
-        values (`Sequence[Tensor]`): Of any shapes, not negative.
-        share (`float`): Above 0 and at most 1.
-
-    Returns:
-        `float`: one of the values, and above zero: values of zero are never needed.
-
-    Raises:
-        ValueError: If `share` is out of range, a value is negative or not finite, or none is above zero.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, found {share}")
-    everything = torch.cat([tensor.detach().cpu().double().flatten() for tensor in values])
-    if not bool(torch.isfinite(everything).all()) or bool((everything < 0).any()):
-        raise ValueError("values that a share is taken of must be finite and not negative")
-    positive = everything[everything > 0].sort(descending=True).values
-    if len(positive) == 0:
-        raise ValueError("no value is above zero: there is nothing to take a share of")
-    held = positive.cumsum(dim=0)
-    # Relative to the same sum, so that rounding cannot ask for more than there is.
-    needed = int((held < share * held[-1]).sum())
-    return float(positive[needed])

@@ -113,6 +113,18 @@ def test_subspaces_are_collected_where_they_are_asked_for(tiny_vlm, tmp_path):
     assert {space.basis.dtype for space in anchor.subspaces.values()} == {torch.bfloat16}
 
 
+def test_sensitivities_are_to_the_answers(tiny_vlm, tmp_path):
+    options = ("--model", tiny_vlm, "--num_samples", 4, "--batch_size", 3, "--output_dir", tmp_path)
+    options += ("--subspaces", "true", "--sensitivity", "true", "--sensitivity_temperature", 2, "--max_output_rank", 5)
+    command.run(parse(*options))
+    anchor = ActivationAnchor.from_pretrained(tmp_path)
+    assert (anchor.fingerprint.subspace_options.temperature, anchor.fingerprint.num_batches) == (2.0, 2)
+    projector = anchor.sensitivities["model.multi_modal_projector.linear"]
+    assert projector.output_rank == 5
+    assert float(projector.sensitivities.max()) > 0
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["sensitivity"] is True
+
+
 def test_a_folder_of_questions_is_collected(tiny_vlm, questions, tmp_path):
     options = ["--model", tiny_vlm, "--dataset", questions, "--answer_column", "best", "--batch_size", 2]
     options += ["--output_dir", tmp_path, "--dtype", "bfloat16"]
@@ -151,6 +163,9 @@ def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, option
         ("tokens: pictures", "key 'tokens' is 'pictures', expected 'all' or 'image' or 'text'"),
         ("dtype: float16", "key 'dtype' is 'float16', expected 'float32' or 'bfloat16'"),
         ("batch_size: 0", "batch_size must be at least 1, found 0"),
+        ("max_output_rank: 0", "max_output_rank must be at least 1, found 0"),
+        ("sensitivity_temperature: 0.0", "sensitivity_temperature must be above 0 and finite, found 0"),
+        ("sensitivity: true", "sensitivity needs the subspaces that its pairs are of: set subspaces to true"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(tmp_path, content, message):

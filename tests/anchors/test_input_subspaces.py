@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_aegis.anchors import InputSubspace, SubspaceOptions
-from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
 from hf_aegis.anchors.merging import merged_subspaces
+from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
 from hf_aegis.functional.subspace import nystrom_eigenpairs, principal_angles
 
 
@@ -117,7 +117,7 @@ def test_truncating_later_is_truncating_at_once():
 
 
 def test_inputs_that_cannot_be_described_are_named():
-    with pytest.raises(ValueError, match="no input of linear counts"):
+    with pytest.raises(ValueError, match="none of the inputs of linear counts"):
         subspace_of([inputs()], masks=[torch.zeros(300)])
     with pytest.raises(ValueError, match="inputs of linear hold values that are not finite"):
         subspace_of([inputs() * float("inf")])

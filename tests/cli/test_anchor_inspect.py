@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from hf_aegis.anchors import ActivationAnchor, AnchorFingerprint, InputSubspace, SubspaceOptions
+from hf_aegis.anchors import ActivationAnchor, AnchorFingerprint, InputSubspace, PairSensitivity, SubspaceOptions
 from hf_aegis.cli import TWO_WORD_COMMANDS, main
 from hf_aegis.cli.anchor import AnchorRecipe
-from hf_aegis.cli.anchor_inspect import format_subspaces
+from hf_aegis.cli.anchor_inspect import format_sensitivities, format_subspaces
 from hf_aegis.cli.recipe import parse_recipe
 
 
-def make_anchor(subspaces=None):
+def make_anchor(subspaces=None, sensitivities=None):
+    options = SubspaceOptions(modules=("projector", "head"), sensitivity=sensitivities is not None)
     fingerprint = AnchorFingerprint(
         num_layers=1,
         width=4,
@@ -18,10 +19,10 @@ def make_anchor(subspaces=None):
         num_tokens=1234,
         num_batches=1,
         dataset_id="questions",
-        subspace_options=SubspaceOptions(modules=("projector", "head")) if subspaces else None,
-        format_version=2 if subspaces else 1,
+        subspace_options=options if subspaces else None,
+        format_version=options.format_version if subspaces else 1,
     )
-    return ActivationAnchor(torch.zeros(1, 4), torch.ones(1, 4), fingerprint, subspaces)
+    return ActivationAnchor(torch.zeros(1, 4), torch.ones(1, 4), fingerprint, subspaces, sensitivities)
 
 
 def test_an_anchor_is_described(tmp_path, capsys):
@@ -43,6 +44,15 @@ def test_an_anchor_is_described(tmp_path, capsys):
     assert len({len(line) for line in lines[-3:]}) == 1
 
 
+def test_sensitivities_are_described_where_there_are_any(tmp_path, capsys):
+    subspaces = {"a": InputSubspace(("a",), torch.eye(4), torch.ones(4), 4.0)}
+    make_anchor(subspaces, {"a": PairSensitivity("a", torch.eye(4), torch.ones(4, 4))}).save_pretrained(tmp_path)
+    assert main(["anchor", "inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  temperature             4.0" in lines
+    assert lines[-1].split()[:3] == ["all", "100.000", "%"]
+
+
 def test_an_anchor_without_subspaces_is_described_too(tmp_path, capsys):
     make_anchor().save_pretrained(tmp_path)
     assert main(["anchor", "inspect", str(tmp_path)]) == 0
@@ -54,6 +64,29 @@ def test_an_anchor_without_subspaces_is_described_too(tmp_path, capsys):
 def test_what_is_no_anchor_is_told_in_one_line(tmp_path, capsys):
     assert main(["anchor", "inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("hf-aegis anchor inspect: error: ")
+
+
+def test_pairs_are_counted_by_one_threshold_for_all_layers():
+    subspace = InputSubspace(("layers.0.k", "layers.0.q"), torch.eye(5)[:, :2], torch.ones(2), 5.0)
+    values = {"layers.0.q": [[90.0, 4.0]], "layers.0.k": [[5.0, 0.5], [0.5, 0.0]]}
+    sensitivities = {
+        name: PairSensitivity(name, torch.eye(4)[:, : len(rows)], torch.tensor(rows)) for name, rows in values.items()
+    }
+    table = format_sensitivities(sensitivities, {"layers.0.k": subspace}).splitlines()
+    assert [line.replace(" %", "%").split() for line in table] == [
+        ["weight", "of", "outputs", "rank", "inputs", "rank", "sensitivity", "90%", "95%", "99%"],
+        ["layers.0.k", "4", "2", "5", "2", "6.000%", "0.000%", "5.000%", "5.000%"],
+        ["layers.0.q", "4", "1", "5", "2", "94.000%", "5.000%", "5.000%", "10.000%"],
+        ["all", "100.000%", "2.500%", "5.000%", "7.500%"],
+    ]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_predictions_that_depend_on_nothing_are_described_too():
+    subspace = InputSubspace(("a",), torch.eye(3), torch.ones(3), 3.0)
+    nothing = PairSensitivity("a", torch.eye(2), torch.zeros(2, 3))
+    last = format_sensitivities({"a": nothing}, {"a": subspace}).splitlines()[-1]
+    assert last.split() == ["all", "-", "0.000", "%", "0.000", "%", "0.000", "%"]
 
 
 def test_layers_are_in_the_order_of_their_numbers():
