@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_aegis.anchors import ActivationAnchor, InputSubspace, SubspaceOptions, find_decoder_layers
+from hf_aegis.anchors.sensitivities import PairSensitivity
 from hf_aegis.gradients import Certificate, HeldSubspace
 from hf_aegis.gradients.certificate import last_of
 from hf_aegis.gradients.linear_probes import RowSample
@@ -138,6 +139,62 @@ def test_figures_from_the_weights(case):
     assert report.divergence == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_pairs_from_the_weights(case):
+    """Of a change of known size, what the held pairs are and what all others."""
+    groups = subspaces_of_inputs(case.model, case.batch, rank=4)
+    name = "layers.2.mlp.down_proj"
+    module = case.model.model.get_submodule(name)
+    inputs = inputs_of(case.model, case.batch)[name].double()
+    anchor = object.__new__(ActivationAnchor)
+    anchor.subspaces, anchor.sensitivities = groups, {}
+    generator = torch.Generator().manual_seed(0)
+    for linear in groups:
+        size = case.model.model.get_submodule(linear).out_features
+        outputs, _ = torch.linalg.qr(torch.randn(size, 3, generator=generator, dtype=torch.float64))
+        anchor.sensitivities[linear] = PairSensitivity(linear, outputs, torch.rand(3, 4, generator=generator))
+    held = HeldSubspace(case.model, anchor, sensitivity=0.5)
+    certificate = Certificate(case.model, [case.batch], anchor, held=held)
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight += 0.1 * torch.randn(module.weight.shape, generator=generator)
+    change, whole = (module.weight.detach() - start).double(), (inputs @ start.double().T).norm()
+    outputs, basis = anchor.sensitivities[name].output_basis, groups[name].basis
+    mask = held.pairs[name].mask
+    assert 0 < mask.sum() < mask.numel()
+    inside = sum(
+        (outputs[:, i] @ change @ basis[:, j]) * torch.outer(outputs[:, i], basis[:, j])
+        for i, j in mask.nonzero().tolist()
+    )
+    found = certificate.measure().linears[name]
+    assert found.inside == pytest.approx(float((inputs @ inside.T).norm() / whole), rel=1e-4)
+    assert found.outside == pytest.approx(float((inputs @ (change - inside).T).norm() / whole), rel=1e-4)
+    held()
+    found = certificate.measure().linears[name]
+    assert found.inside < 1e-6 < 1e-3 < found.outside
+
+
+def test_a_bias_counts_as_outside(make_case, make_batch):
+    case = make_case("paligemma2", torch.float32)
+    name = "model.multi_modal_projector.linear"
+    group = InputSubspace((name,), torch.eye(16)[:, :3], torch.ones(3), 16.0)
+    certificate = Certificate(case.model, [make_batch("paligemma2", torch.float32)], [group])
+    with torch.no_grad():
+        case.model.get_submodule(name).bias += 1.0
+    found = certificate.measure().linears[name]
+    assert found.inside < 1e-5 and found.outside == pytest.approx(found.output) and found.output > 0.1
+
+
+def test_the_head_runs_where_logits_are_compared(case):
+    groups = subspaces_of_inputs(case.model, case.batch, rank=2)
+    seen = []
+    hook = case.model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    Certificate(case.model, [case.batch], groups, last_tokens=1)
+    # With a token of padding behind the second sample, the last positions are 5 and 4.
+    Certificate(case.model, [{"input_ids": case.batch["input_ids"]}], groups, last_tokens=3)
+    hook.remove()
+    assert seen == [2, 3]
+
+
 def test_adapters_count(case):
     groups = subspaces_of_inputs(case.model, case.batch, rank=4)
     with warnings.catch_warnings():
@@ -202,10 +259,11 @@ def test_last_tokens_by_hand():
 
 def test_refusals(case):
     groups = subspaces_of_inputs(case.model, case.batch, rank=2)
+    other = HeldSubspace(copy.deepcopy(case.model), [groups["layers.1.mlp.up_proj"]], freeze=False)
     for options, batches, message in (
         ({"tokens_per_linear": 0}, [case.batch], "tokens_per_linear must be at least 1"),
         ({"last_tokens": 0}, [case.batch], "last_tokens must be at least 1"),
-        ({"ranks": {}}, [case.batch], "ranks: none for the linear 'layers.0"),
+        ({"held": other}, [case.batch], "held: of another anchor, without the linear 'layers.0"),
         ({}, [], "no batches to certify on"),
         ({}, [{**case.batch, "attention_mask": torch.zeros(2, 6)}], "leaves no token to compare"),
     ):
