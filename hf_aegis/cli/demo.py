@@ -13,8 +13,8 @@ from hf_aegis.reports.results_table import COLUMNS, PRETRAINED_FILE, pretrained_
 from hf_aegis.reports.style import require_matplotlib
 
 
-# Both conditions share everything but `preserve`: start, seed, batches, noise and times. The embedded model is about
-# two thousand times smaller than the paper's, so rates and lengths are this project's choice.
+# The conditions share everything but what keeps the knowledge: start, seed, batches, noise and times. The embedded
+# model is about two thousand times smaller than the paper's, so rates and lengths are this project's choice.
 TRAINING: dict[str, Any] = {
     "max_steps": 300,
     "per_device_train_batch_size": 8,
@@ -25,7 +25,7 @@ TRAINING: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 60,
     "per_device_eval_batch_size": 64,
-    "vqa_steps": 25,
+    "vqa_steps": 50,
     "vqa_samples": 256,
     "save_steps": 60,
     "save_total_limit": 1,
@@ -37,10 +37,15 @@ TRAINING: dict[str, Any] = {
         "expert_intermediate_size": 512,
     },
 }
-ANCHOR = "easy_vqa"
+ANCHORS: dict[str, dict[str, Any]] = {
+    "easy_vqa": {"num_samples": 3000},
+    # Two forward and two backward passes for each question, where the moments take one forward pass.
+    "easy_vqa_pairs": {"num_samples": 600, "subspaces": True, "sensitivity": True},
+}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "naive": {"preserve": "none"},
-    "aegis": {"preserve": "projection", "anchor": ANCHOR},
+    "aegis": {"preserve": "projection", "anchor": "easy_vqa"},
+    "pairs_90": {"preserve": "subspace", "subspace_sensitivity": 0.9, "anchor": "easy_vqa_pairs"},
 }
 # Of the measures of a comparison's table, those of the demo's.
 _ROWS = {
@@ -52,7 +57,6 @@ _ROWS = {
     "throttle_rate": "throttle rate (%)",
     "energy_shed": "energy shed (%)",
 }
-ANCHOR_SAMPLES = 3000
 FINAL_QUESTIONS = 2000
 
 
@@ -86,7 +90,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Collects the anchor, fine-tunes naively and with AEGIS, and writes `summary.json`, `metrics.jsonl` and figures.
+    Collects the anchors, fine-tunes naively, with AEGIS and with held pairs of directions, and writes `summary.json`,
+    `metrics.jsonl` and figures.
 
     What is finished is not done again, so an interrupted demo continues.
 
@@ -109,11 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         placement=placement_in(
             folder, arguments.jobs and min(arguments.jobs, len(CONDITIONS)), at_most=len(CONDITIONS)
         ),
-        anchors={ANCHOR: {"num_samples": ANCHOR_SAMPLES}},
+        anchors=ANCHORS,
         questions={"max_samples": arguments.vqa_final_samples, "seed": 0},
     )
     _keep(
-        shared | {"seed": arguments.seed, "anchor_samples": ANCHOR_SAMPLES, "version": __version__},
+        shared | {"seed": arguments.seed, "anchors": ANCHORS, "version": __version__},
         folder / "demo.json",
     )
     if failures := comparison.execute():

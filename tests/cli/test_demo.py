@@ -148,16 +148,22 @@ def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys)
     assert logged.calls == [
         ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60", "--seed", "0"),
         ("anchor", "--config", f"{folder}/anchors/easy_vqa.yaml"),
-        ("train", "--config", f"{folder}/runs/naive/seed_3.yaml"),
-        ("train", "--config", f"{folder}/runs/aegis/seed_3.yaml"),
+        ("anchor", "--config", f"{folder}/anchors/easy_vqa_pairs.yaml"),
+        *(("train", "--config", f"{folder}/runs/{name}/seed_3.yaml") for name in demo.CONDITIONS),
     ]
-    naive, aegis = (
-        yaml.safe_load((folder / "runs" / name / "seed_3.yaml").read_text()) for name in ("naive", "aegis")
+    naive, aegis, pairs = (
+        yaml.safe_load((folder / "runs" / name / "seed_3.yaml").read_text()) for name in demo.CONDITIONS
     )
     assert (naive["max_steps"], naive["seed"], naive["vqa_final_samples"]) == (20, 3, 60)
     # Everything else is shared, or the comparison would be of something else.
     assert {key for key in naive.keys() | aegis.keys() if naive.get(key) != aegis.get(key)} == {
         "preserve",
+        "output_dir",
+        "anchor",
+    }
+    assert {key for key in naive.keys() | pairs.keys() if naive.get(key) != pairs.get(key)} == {
+        "preserve",
+        "subspace_sensitivity",
         "output_dir",
         "anchor",
     }
@@ -171,11 +177,11 @@ def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys)
         "vqa_accuracy": 0.9,
         "vqa_accuracy_by_type": {"color": 0.8},
     }
-    assert list(summary) == ["pretrained", "naive", "aegis"]
+    assert list(summary) == ["pretrained", "naive", "aegis", "pairs_90"]
     merged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert merged == [
         {"condition": name, **record}
-        for name, records in (("naive", metrics(0.02)), ("aegis", metrics(0.0, projected=True)))
+        for name, records in {**dict.fromkeys(demo.CONDITIONS, metrics(0.02)), "aegis": metrics(0.0, True)}.items()
         for record in records
     ]
     for name in ("vqa", "flow", "projection"):
@@ -195,7 +201,7 @@ def test_defaults_are_those_of_the_module(commands, no_figures, tmp_path):
     assert str(demo.FINAL_QUESTIONS) in commands.calls[0]
 
 
-@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 4, 6])
 def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, no_figures, tmp_path, interrupt_at):
     commands.interrupt_at = interrupt_at
     with pytest.raises(KeyboardInterrupt):
@@ -204,7 +210,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
     assert not (tmp_path / "summary.json").exists()
     commands.interrupt_at = None
     run(tmp_path, "--max_steps", "20")
-    assert commands.commands == ["eval-vqa", "anchor", "train", "train"]
+    assert commands.commands == ["eval-vqa", "anchor", "anchor", "train", "train", "train"]
     summary = (tmp_path / "summary.json").read_text()
     commands.calls.clear()
     assert run(tmp_path, "--max_steps", "20") == 0
@@ -212,7 +218,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
     assert (tmp_path / "summary.json").read_text() == summary
 
 
-@pytest.mark.parametrize("failing", ["eval-vqa", "anchor_easy_vqa", "naive_seed_0", "aegis_seed_0"])
+@pytest.mark.parametrize("failing", ["eval-vqa", "anchor_easy_vqa_pairs", "naive_seed_0", "aegis_seed_0"])
 def test_a_demo_ends_with_the_command_that_failed(commands, no_figures, tmp_path, failing):
     commands.failing = {failing}
     with pytest.raises(OSError, match="ended with code 1"):
@@ -248,7 +254,7 @@ def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figu
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("hf_aegis.cli.demo.ANCHOR_SAMPLES", 30, "anchor_samples is 3000 there and 30 here"),
+        ("hf_aegis.cli.demo.ANCHORS", {"easy_vqa": {}, "easy_vqa_pairs": {}}, "anchors is .*3000.* there and .* here"),
         ("hf_aegis.cli.demo.__version__", "9.9", "version is .* there and '9.9' here"),
     ],
 )
