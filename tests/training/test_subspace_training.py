@@ -29,8 +29,8 @@ def other_sequences(token_dataset):
 
 @pytest.fixture
 def make_subspace_anchor(other_sequences):
-    def make(model, energy=0.9):
-        options = SubspaceOptions(energy=energy)
+    def make(model, **changes):
+        options = SubspaceOptions(**{"energy": 0.9, **changes})
         return ActivationAnchor.collect(model, other_sequences, subspaces=options, progress=False)
 
     return make
@@ -40,11 +40,12 @@ def make_subspace_anchor(other_sequences):
 def trainer(make_language_model, make_subspace_anchor, make_args, token_dataset):
     def make(model=None, certificate_batches=None, **changes):
         model = make_language_model() if model is None else model
-        anchor = make_subspace_anchor(model)
+        args = make_args(**{"preserve": "subspace", **changes})
+        pairs = args.subspace_sensitivity is not None
         return AEGISTrainer(
             model=model,
-            args=make_args(**{"preserve": "subspace", **changes}),
-            anchor=anchor,
+            args=args,
+            anchor=make_subspace_anchor(model, **({"energy": 1.0, "sensitivity": True} if pairs else {})),
             train_dataset=token_dataset,
             certificate_batches=certificate_batches,
         )
@@ -109,6 +110,30 @@ def test_nothing_held_is_training_without_preservation(trainer, make_language_mo
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6, msg=name)
 
 
+def test_pairs_of_directions_are_held(trainer):
+    ours = trainer(subspace_sensitivity=0.9)
+    held = ours.preservation.held
+    layers = dict(ours.model.get_decoder().named_modules())
+
+    def on_pairs():
+        bases = {name: s.basis for s in ours.anchor.subspaces.values() for name in s.linears}
+        outputs = {name: pair.sensitivity.output_basis for name, pair in held.pairs.items()}
+        return {name: outputs[name].T @ layers[name].weight.detach() @ bases[name] for name in outputs}
+
+    before = on_pairs()
+    ours.train()
+    total = kept = 0.0
+    for name, value in on_pairs().items():
+        mask, sensitivities = held.pairs[name].mask, ours.anchor.sensitivities[name].sensitivities
+        torch.testing.assert_close(value[mask], before[name][mask], rtol=1e-5, atol=1e-5, msg=name)
+        assert (value - before[name])[~mask].abs().max() > 1e-3, name
+        total, kept = total + float(sensitivities.sum()), kept + float(sensitivities[mask].sum())
+    assert 0.9 <= kept / total < 0.91
+    assert sum(int(pair.mask.sum()) for pair in held.pairs.values()) < 0.5 * sum(
+        pair.mask.numel() for pair in held.pairs.values()
+    )
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_do_nothing_on_the_subspaces(make_language_model, trainer):
     torch.manual_seed(1)
@@ -150,11 +175,16 @@ def test_the_certificate_is_written_and_logged(trainer, other_sequences, tmp_pat
 
 def test_less_changes_with_held_subspaces_than_without(trainer, other_sequences):
     divergence = {}
-    for preserve in ("subspace", "none"):
-        ours = trainer(preserve=preserve, certificate_batches=other_sequences)
+    for name, changes in {
+        "none": {"preserve": "none"},
+        "subspace": {},
+        "pairs": {"subspace_sensitivity": 0.9},
+    }.items():
+        ours = trainer(certificate_batches=other_sequences, **changes)
         ours.train()
-        divergence[preserve] = ours.state.log_history[-1]["certificate_divergence"]
+        divergence[name] = ours.state.log_history[-1]["certificate_divergence"]
     assert divergence["subspace"] < divergence["none"] / 3
+    assert divergence["pairs"] < divergence["none"] / 3
 
 
 def test_an_anchor_is_needed_and_has_to_have_subspaces(make_language_model, make_anchor, make_args, token_dataset):
@@ -173,6 +203,8 @@ def test_an_anchor_is_needed_and_has_to_have_subspaces(make_language_model, make
         ({"subspace_energy": 1.5}, r"subspace_energy must lie in \[0, 1\], found 1.5"),
         ({"subspace_energies": {"layers.0.*": -1}}, r"subspace_energies\['layers.0.\*'\] must lie in"),
         ({"subspace_softness": -1.0}, "subspace_softness must not be negative"),
+        ({"subspace_sensitivity": 0.0}, r"subspace_sensitivity must lie in \(0, 1\], found 0.0"),
+        ({"subspace_sensitivity": 0.9, "subspace_softness": 1.0}, "cannot be combined with subspace_sensitivity"),
         ({"subspace_steps": 0}, "subspace_steps must be positive"),
         ({"certificate_steps": -1}, "certificate_steps must not be negative"),
         ({"preserve": "projection", "subspace_energy": 0.9}, "subspace_energy=0.9 has no effect with"),
