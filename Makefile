@@ -54,8 +54,8 @@ format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time and memory of naive, two-pass and streaming steps, as ratios
-	$(BIN)/python tests/benchmarks/dual_backward.py
+bench: setup  ## time and memory of training steps that keep knowledge, as ratios to naive ones
+	$(BIN)/python tests/benchmarks/training_step.py
 
 pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml

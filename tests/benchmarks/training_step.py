@@ -1,5 +1,6 @@
 """
-Step time and peak memory of naive, two-pass and streaming steps on a decoder-dominated model, as ratios.
+Step time and peak memory of the ways of keeping knowledge, on a decoder-dominated model, as ratios to a naive step:
+AEGIS's dual backward in its two forms, held input subspaces, and held pairs of directions.
 
 Every variant runs in a process of its own for peak memory; for time, all variants take turns in one process, so that
 the machine's drift hits them alike; beside wall-clock time stand ratios of processor time, which other work on the
@@ -18,15 +19,24 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.gradients import GradientShield
+from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
+from hf_aegis.gradients import GradientShield, HeldSubspace
 
 
-VARIANTS = ("naive", "two_pass", "streaming")
+VARIANTS = ("naive", "two_pass", "streaming", "subspace", "pairs")
+HELD = 0.9  # share of the inputs' energy or of the predictions' sensitivity
+
+
+class Variant(NamedTuple):
+    """What goes around the backward pass, and what comes after the optimiser's step."""
+
+    shield: GradientShield | None = None
+    held: HeldSubspace | None = None
 
 
 def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2ForCausalLM, dict, ActivationAnchor]:
@@ -46,44 +56,50 @@ def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2For
     )
     model = Gemma2ForCausalLM(config).train()
     shape = (arguments.batch, arguments.tokens)
-    anchor = ActivationAnchor.collect(
-        model, [{"input_ids": torch.randint(512, shape), "attention_mask": torch.ones(shape)}], progress=False
-    )
+    other = {"input_ids": torch.randint(512, shape), "attention_mask": torch.ones(shape)}
+    options = SubspaceOptions(energy=0.99, sensitivity=True)
+    anchor = ActivationAnchor.collect(model, [other], subspaces=options, progress=False)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     inputs = torch.randint(512, shape)
     return model, {"input_ids": inputs, "attention_mask": torch.ones(shape), "labels": inputs}, anchor
 
 
-def step(
-    model: Gemma2ForCausalLM, batch: dict, shield: GradientShield | None, optimizer: torch.optim.Optimizer
-) -> None:
-    """One training step: forward and backward pass, clipping, AdamW."""
-    with shield if shield is not None else nullcontext():
+def step(model: Gemma2ForCausalLM, batch: dict, variant: Variant, optimizer: torch.optim.Optimizer) -> None:
+    """One training step: forward and backward pass, clipping, AdamW, and what the variant adds."""
+    with variant.shield or nullcontext():
         model(**batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    if variant.held is not None:
+        variant.held()
     optimizer.zero_grad()
 
 
-def shields(model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> dict[str, GradientShield | None]:
-    """The compared variants."""
-    return {"naive": None} | {name: GradientShield(model, anchor, dual_backward=name) for name in VARIANTS[1:]}
+def make(name: str, model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> Variant:
+    """One of the compared variants. Nothing is frozen, so that all train the same parameters."""
+    if name in ("two_pass", "streaming"):
+        return Variant(shield=GradientShield(model, anchor, dual_backward=name))
+    if name == "subspace":
+        return Variant(held=HeldSubspace(model, anchor, energy=HELD, freeze=False))
+    if name == "pairs":
+        return Variant(held=HeldSubspace(model, anchor, sensitivity=HELD, freeze=False))
+    return Variant()
 
 
 def time_variants(arguments: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
     """Median milliseconds of wall-clock time, and the median of the paired ratios of processor time to naive's."""
     model, batch, anchor = build(arguments, checkpointing)
-    variants = shields(model, anchor)
+    variants = {name: make(name, model, anchor) for name in VARIANTS}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    for shield in variants.values():
-        step(model, batch, shield, optimizer)
+    for variant in variants.values():
+        step(model, batch, variant, optimizer)
     wall: dict[str, list[float]] = {name: [] for name in variants}
     processor: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.repeats):
-        for name, shield in variants.items():
+        for name, variant in variants.items():
             start = time.perf_counter(), time.process_time()
-            step(model, batch, shield, optimizer)
+            step(model, batch, variant, optimizer)
             wall[name].append(time.perf_counter() - start[0])
             processor[name].append(time.process_time() - start[1])
     return {
@@ -106,14 +122,18 @@ def resident_mb() -> float:
 def peak_memory(
     arguments: argparse.Namespace, checkpointing: bool, name: str, result: "multiprocessing.Queue"
 ) -> None:
-    """Puts the rise of resident memory during steps, over model and optimiser at rest, into `result`."""
+    """
+    Puts the rise of resident memory during steps, over model, anchor and optimiser at rest, into `result`: what the
+    variant keeps between steps is part of it.
+    """
     torch.set_num_threads(1)
     model, batch, anchor = build(arguments, checkpointing)
-    shield = shields(model, anchor)[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    step(model, batch, shield, optimizer)
+    step(model, batch, Variant(), optimizer)
     rest = resident_mb()
     peak = rest
+    variant = make(name, model, anchor)
+    step(model, batch, variant, optimizer)
     done = threading.Event()
 
     def watch() -> None:
@@ -125,7 +145,7 @@ def peak_memory(
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(2):
-        step(model, batch, shield, optimizer)
+        step(model, batch, variant, optimizer)
     done.set()
     watcher.join()
     result.put(peak - rest)
