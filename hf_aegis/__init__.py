@@ -12,13 +12,16 @@ _EXPORTS = {
     "ActivationAnchor": "hf_aegis.anchors",
     "AEGISConfig": "hf_aegis.training",
     "AEGISTrainer": "hf_aegis.training",
+    "Certificate": "hf_aegis.gradients",
     "FASTTokenizer": "hf_aegis.data",
     "GradientShield": "hf_aegis.gradients",
+    "HeldSubspace": "hf_aegis.gradients",
     "LiberoDataset": "hf_aegis.data",
     "PaliGemmaFlowConfig": "hf_aegis.models",
     "PaliGemmaFlowForAction": "hf_aegis.models",
     "PaliGemmaFlowProcessor": "hf_aegis.models",
     "ReplayShield": "hf_aegis.gradients",
+    "SubspaceOptions": "hf_aegis.anchors",
 }
 
 __all__ = ["__version__", *_EXPORTS]
