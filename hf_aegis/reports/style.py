@@ -75,7 +75,7 @@ _PANELS: dict[str, dict[str, str]] = {
     },
 }
 _METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>", "hP*d", "8H", "s^Dv", "<>Pd", "8Hh*", "D*sv", "^dP", "P>vp")
+_MARKERS = ("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd<", "D*sv", "^dP", "P>vp")
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {
