@@ -72,7 +72,8 @@ def _beside(model: nn.Module, stack: nn.ModuleList) -> list[nn.Module]:
     get = getattr(model, "get_input_embeddings", None)
     found = [get()] if callable(get) else []
     for module in model.modules():
-        if any(child is stack for child in module.children()):
+        # By a layer, as the list of them may be one that was made for the call.
+        if any(layer is stack[0] for child in module.children() for layer in child.children()):
             # Whole parts of a larger model, such as an action expert, have children of their own.
             found += [c for c in module.children() if not isinstance(c, nn.Linear) and not any(c.children())]
     return found

@@ -1,6 +1,6 @@
 """The linear layers of a model under the names that an anchor's subspaces have for them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_aegis.anchors import ActivationAnchor, find_decoder_layers, unwrap_model
+from hf_aegis.anchors.linears import LAYERS_PREFIX, called_module, named_linears
 
 
 if TYPE_CHECKING:
     from hf_aegis.anchors import InputSubspace
 
 
-LAYERS = "layers"
-# Modules that only stand around another one, and that a name does not count.
-_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 # A basis stored in bfloat16 is not quite orthonormal; one that is further off is something else.
 _ROUNDING = 0.05
 
@@ -27,8 +25,7 @@ class LinearSite:
     A linear layer, possibly with adapters on it.
 
     Attributes:
-        name (`str`): `layers.<i>.<path in the layer>`, or for a linear outside of the decoder layers its path from the
-            unwrapped model; either without what PEFT puts in between.
+        name (`str`): As in an anchor, see [`~anchors.linears.named_linears`].
         module (`torch.nn.Module`): What the model calls there: the linear, or PEFT's tuner layer around it.
     """
 
@@ -54,7 +51,7 @@ class LinearSite:
     @property
     def in_decoder_layers(self) -> bool:
         """Whether the linear is inside of one of the decoder layers."""
-        return self.name.startswith(f"{LAYERS}.")
+        return self.name.startswith(LAYERS_PREFIX)
 
 
 def find_linear_sites(model: nn.Module, layers: str | nn.ModuleList | None = None) -> list[LinearSite]:
@@ -69,12 +66,13 @@ def find_linear_sites(model: nn.Module, layers: str | nn.ModuleList | None = Non
         layers (`str` or `torch.nn.ModuleList`, *optional*): Where the decoder layers are, if they cannot be found.
 
     Returns:
-        `list[LinearSite]`: In the order of the model's modules.
+        `list[LinearSite]`: Those of the decoder layers first.
 
     Raises:
         ValueError: If the decoder layers are not found.
     """
-    return list(_walk(unwrap_model(model), "", find_decoder_layers(model, layers)))
+    linears = named_linears(model, find_decoder_layers(model, layers), copies=True)
+    return [LinearSite(name, called_module(module)) for name, module in linears]
 
 
 def subspaces_of(
@@ -152,23 +150,9 @@ def orthonormal(basis: Tensor, what: str) -> Tensor:
         ValueError: If the stored basis is further from orthonormal than rounding explains.
     """
     columns, triangle = torch.linalg.qr(basis.detach().cpu().double())
-    signs = triangle.diagonal().sign()
+    # Not `sign`, which is zero for a column of zeros.
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle)
     away = float((triangle - signs.diag()).abs().max())
     if not away < _ROUNDING:
         raise ValueError(f"the basis for {what} is not orthonormal: columns are off by {away:.2g}")
     return columns * signs
-
-
-def _walk(module: nn.Module, path: str, stack: nn.ModuleList) -> Iterator[LinearSite]:
-    if module is stack:
-        path = LAYERS
-    if isinstance(getattr(module, "base_layer", module), nn.Linear):
-        yield LinearSite(path, module)
-        return
-    copies = getattr(module, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        for copy in copies.values():
-            yield from _walk(copy, path, stack)
-        return
-    for name, child in module.named_children():
-        yield from _walk(child, path if name in _TRANSPARENT else f"{path}.{name}".lstrip("."), stack)

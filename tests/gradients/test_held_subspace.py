@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_aegis.anchors import InputSubspace
+from hf_aegis.anchors.linears import find_linears
 from hf_aegis.gradients import HeldSubspace, HeldWeight
+from hf_aegis.gradients.linear_sites import find_linear_sites
 
 
 class Layer(nn.Module):
@@ -259,6 +262,25 @@ def test_what_is_frozen(model):
     assert "projector.0" in held.weights
 
 
+def test_layers_in_a_list_of_their_own(model):
+    """The layers may be given in a list that the model does not have."""
+    model.projector.append(nn.Linear(16, 16))
+    held = HeldSubspace(model, subspaces(), layers=nn.ModuleList(list(model.decoder.layers)))
+    assert set(held.weights) == {name for group in subspaces() for name in group.linears}
+    assert "decoder.norm.weight" in held.frozen
+
+
+def test_names_do_not_tell_of_wrappers(model):
+    plain = [(site.name, site.module) for site in find_linear_sites(model)]
+    layers = model.decoder.layers
+    layers[0].up = torch.compile(layers[0].up)
+    layers[1] = checkpoint_wrapper(layers[1])
+    assert [(site.name, site.module) for site in find_linear_sites(model)] == plain
+    found = find_linears(model, layers, ("projector",))
+    assert list(found) == [name for name, _ in plain if not name.startswith("head")]
+    assert found["layers.0.up"] is layers[0].up  # the wrapper is what runs
+
+
 def test_nothing_is_frozen_on_request(model):
     held = HeldSubspace(model, subspaces()[:2], freeze=False)
     assert held.frozen == () and all(p.requires_grad for p in model.parameters())
@@ -357,6 +379,10 @@ class TestRefusals:
             ([subspace(["layers.0.up"], 16, 2)] * 2, r"two subspaces are for the linear 'layers\.0\.up'"),
             (
                 [InputSubspace(("layers.0.up",), torch.ones(16, 2), torch.ones(2), 2.0)],
+                r"the basis for 'layers\.0\.up' is not orthonormal",
+            ),
+            (
+                [InputSubspace(("layers.0.up",), torch.eye(16)[:, :2] * torch.tensor([1, 0]), torch.ones(2), 2.0)],
                 r"the basis for 'layers\.0\.up' is not orthonormal",
             ),
         ],
