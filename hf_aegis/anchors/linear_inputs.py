@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from hf_aegis.anchors.linears import LAYERS_PREFIX, find_linears
-from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
+from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 
 
@@ -34,7 +34,7 @@ class LinearInputs:
     def __init__(self, model: nn.Module, layers: nn.ModuleList, options: SubspaceOptions):
         self.linears = find_linears(model, layers, options.modules)
         self.options = options
-        self._test_matrices = TestMatrices(options)
+        self._test_matrices = SketchMatrices(options)
         self._statistics: dict[str, SecondMoments] = {}
         self._owners: dict[str, str] | None = None
         self._mask: Tensor | None = None

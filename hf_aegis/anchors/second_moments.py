@@ -9,7 +9,7 @@ from hf_aegis.anchors.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOp
 from hf_aegis.functional.subspace import eigenpairs, nystrom_eigenpairs, rank_for_energy
 
 
-class TestMatrices:
+class SketchMatrices:
     """
     The random matrices Ω that inputs are sketched with: one of orthonormal columns per width and device, the same ones
     for the same seed, whatever the device. Inputs of one width share theirs, as it need not be independent between
@@ -18,8 +18,6 @@ class TestMatrices:
     Args:
         options ([`SubspaceOptions`]): Width of the sketches, and seed.
     """
-
-    __test__ = False  # its name would make pytest collect it
 
     def __init__(self, options: SubspaceOptions):
         self.options = options

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_aegis.anchors.linears import find_linears
 from hf_aegis.anchors.prediction_gradients import PredictionGradients
-from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices, leading_basis, masked_values
+from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices, leading_basis, masked_values
 from hf_aegis.anchors.sensitivities import PairSensitivity
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 
@@ -62,8 +62,8 @@ def collect_sensitivities(
         `dict[str, PairSensitivity]`: by linear layer, on the CPU.
 
     Raises:
-        ValueError: if no prediction counts in a batch, predictions do not depend on a linear layer, or gradients are
-            not finite.
+        ValueError: if no prediction counts in a batch, predictions do not depend on a linear layer, gradients are
+            not finite, or all sensitivities are zero.
     """
     linears = find_linears(model, layers, options.modules)
     gradients = PredictionGradients(
@@ -81,7 +81,13 @@ def collect_sensitivities(
     bases = {name: moments.basis(name) for name in linears}
     products = PairProducts(subspaces, bases)
     num_samples = gradients.run(batches, products, "Collecting sensitivities")
-    return {name: products.sensitivity(name, num_samples) for name in linears}
+    found = {name: products.sensitivity(name, num_samples) for name in linears}
+    if not any(bool(pairs.sensitivities.any()) for pairs in found.values()):
+        raise ValueError(
+            f"the sensitivities of all {len(found)} linear layers are zero: at temperature {options.temperature} the "
+            "model is certain of its predictions; a higher one keeps them from vanishing"
+        )
+    return found
 
 
 class OutputMoments:
@@ -96,7 +102,7 @@ class OutputMoments:
         self.options = dataclasses.replace(
             options, energy=1.0, min_rank=1, max_rank=options.max_output_rank, sensitivity=False
         )
-        self._test_matrices = TestMatrices(self.options)
+        self._test_matrices = SketchMatrices(self.options)
         self._moments: dict[str, SecondMoments] = {}
 
     def see_input(self, name: str, input: Tensor, mask: Tensor | None) -> None:

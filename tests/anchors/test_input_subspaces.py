@@ -5,7 +5,7 @@ import torch
 
 from hf_aegis.anchors import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.merging import merged_subspaces
-from hf_aegis.anchors.second_moments import SecondMoments, TestMatrices
+from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices
 from hf_aegis.functional.subspace import nystrom_eigenpairs, principal_angles
 
 
@@ -62,7 +62,7 @@ def test_masked_inputs_do_not_count_whatever_they_hold():
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_sketch_finds_the_leading_directions(masked):
     options = SubspaceOptions(energy=1.0, max_rank=8, exact_width=16, oversampling=10)
-    test_matrix = TestMatrices(options).matrix(24, torch.device("cpu"))
+    test_matrix = SketchMatrices(options).matrix(24, torch.device("cpu"))
     assert test_matrix.shape == (24, 18)
     x = inputs().reshape(10, 30, -1)
     mask = (torch.arange(30) < 25).expand(10, -1) if masked else None
@@ -80,12 +80,12 @@ def test_a_sketch_finds_the_leading_directions(masked):
 def test_sketches_are_repeatable_and_wide_inputs_only():
     options = SubspaceOptions(max_rank=4, exact_width=16, oversampling=4)
     device = torch.device("cpu")
-    first, second = (TestMatrices(options).matrix(20, device) for _ in range(2))
+    first, second = (SketchMatrices(options).matrix(20, device) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, TestMatrices(dataclasses.replace(options, seed=1)).matrix(20, device))
-    assert TestMatrices(options).matrix(16, device) is None
+    assert not torch.equal(first, SketchMatrices(dataclasses.replace(options, seed=1)).matrix(20, device))
+    assert SketchMatrices(options).matrix(16, device) is None
     # A sketch that is as wide as the second moments would save nothing.
-    assert TestMatrices(dataclasses.replace(options, exact_width=0)).matrix(8, device) is None
+    assert SketchMatrices(dataclasses.replace(options, exact_width=0)).matrix(8, device) is None
 
 
 def test_bfloat16_bases_are_the_float32_ones_rounded():

@@ -262,6 +262,12 @@ def test_what_cannot_be_collected_is_refused(build_model, make_batches):
         collect(build_model("pi0"), make_batches("pi0"))
 
 
+def test_predictions_that_are_certain_are_refused(build_model, make_batches):
+    options = dataclasses.replace(OPTIONS, temperature=1e-9)
+    with pytest.raises(ValueError, match=r"of all 21 linear layers are zero: at temperature 1e-09 .* a higher one"):
+        collect(build_model("gemma2"), answered(make_batches("gemma2")), options)
+
+
 def test_layers_that_predictions_do_not_depend_on_are_named(build_model, make_batches):
     model = build_model("gemma2")
     mlp = model.model.layers[1].mlp
