@@ -16,8 +16,9 @@ class PairSensitivity:
     Sensitivity of a model's predictions to a linear layer's weight W (out × in), pair by pair of an output direction v
     and a direction u of the layer's [`InputSubspace`]: the mean over samples of \\((v^T (\sum_t g_t x_t^T) u)^2\\),
     with inputs x and gradients g at the outputs of the sample's tokens t. This is the diagonal of the Gauss-Newton
-    matrix in the Kronecker-factored eigenbasis (George et al. 2018, arXiv 1806.03884): half of what a small change of
-    W along \\(v u^T\\) adds to the predictions' divergence, per square of the change.
+    matrix in the Kronecker-factored eigenbasis (George et al. 2018, arXiv 1806.03884). A small change of W by
+    \\(c\, v u^T\\) adds, to second order, \\(c^2 / (2 T^2)\\) times it to a sample's divergence, the sum over its
+    predictions of KL at the temperature T that it was collected at.
 
     Args:
         linear (`str`):

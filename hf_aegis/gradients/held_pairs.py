@@ -63,7 +63,8 @@ def choose_pairs(
         `dict[str, HeldPairs]`: Of each linear that trains, even if none of its pairs is held.
 
     Raises:
-        ValueError: If there are no sensitivities, or not one that fits each of the linears, or a linear has adapters.
+        ValueError: If there are no sensitivities, or not one that fits each of the linears, all of them are zero, or a
+            linear has adapters.
     """
     sensitivities: Mapping[str, PairSensitivity] = getattr(source, "sensitivities", None) or {}
     if not sensitivities:
@@ -89,6 +90,12 @@ def choose_pairs(
                 f"its sensitivities are for {shape[0]} and {shape[1]}"
             )
         chosen[name] = found.sensitivities.detach().cpu()[:, : ranks[name]]
+    pairs = sum(values.numel() for values in chosen.values())
+    if pairs and not any(bool(values.any()) for values in chosen.values()):
+        raise ValueError(
+            f"sensitivity: all {pairs} pairs of the {len(chosen)} linears that train have a sensitivity of zero, "
+            "expected some above it: the predictions of the anchor's batches do not depend on these linears"
+        )
     threshold = sensitivity_threshold(chosen.values(), share)
     return {
         name: HeldPairs(sensitivities[name], (values >= threshold) & (values > 0)) for name, values in chosen.items()

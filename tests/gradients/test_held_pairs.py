@@ -229,6 +229,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"no sensitivities for the linear 'layers\.0\.up'"):
             HeldSubspace(model, anchor, sensitivity=0.5)
 
+    def test_sensitivities_that_are_all_zero(self, model, anchor):
+        for name in ("layers.0.gate", "layers.0.up"):
+            anchor.sensitivities[name].sensitivities.zero_()
+        model.layers[0].down.requires_grad_(False)
+        with pytest.raises(ValueError, match="all 60 pairs of the 2 linears that train have a sensitivity of zero"):
+            HeldSubspace(model, anchor, sensitivity=0.5)
+
     def test_sensitivities_of_other_shapes(self, model, anchor):
         anchor.sensitivities["layers.0.up"] = anchor.sensitivities["layers.0.down"]
         message = r"'layers\.0\.up' has outputs of width 24 .* 5 input directions, .* are for 16 and 5"
