@@ -94,8 +94,9 @@ class HeldSubspace:
     Raises:
         ValueError: If an argument is out of range; a pattern fits no linear; the subspaces do not fit the model; a
             basis is not orthonormal; a linear of the decoder layers trains without a subspace (with `freeze`);
-            nothing is left to hold; a weight is quantised or sharded by columns; an adapter is not a plain LoRA, or
-            already acts on the subspace; `sensitivity` meets `softness`, adapters, or an anchor without sensitivities.
+            nothing is left to hold, or all sensitivities are zero; a weight is quantised or sharded by columns; an
+            adapter is not a plain LoRA, or already acts on the subspace; `sensitivity` meets `softness`, adapters, or
+            an anchor without sensitivities.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class HeldSubspace:
                 self._hold(site, group, basis, bases)
         if not self.weights:
             raise ValueError(
-                "nothing to hold: none of the linears with a subspace trains, or energy or sensitivity is 0"
+                f"nothing to hold: of {len(sites)} linears with a subspace none trains, or their energy is 0"
             )
         if freeze:
             self.frozen = freeze_unheld(model, groups, layers)
@@ -190,7 +191,10 @@ class HeldSubspace:
         if site.has_adapters:
             parts |= {f"{site.name}.lora_A.{name}": a for name, a in _adapters(site).items()}
         for name, linear in parts.items():
-            if not linear.weight.requires_grad:
+            # An adapter whose A is frozen changes the function by its B.
+            if not linear.weight.requires_grad and (
+                linear is site.linear or not _matrix_b(site, name).weight.requires_grad
+            ):
                 self._left_out[name] = linear
                 continue
             self.held_shares[site.name] = _held_share(site.linear, rank, pairs)
@@ -221,8 +225,7 @@ class HeldSubspace:
     ) -> HeldWeight:
         """Holds A U = 0, and starts there where that does not change the function."""
         held = HeldWeight(linear, basis, basis.new_zeros(local_rows(linear).shape[0], basis.shape[1]), share)
-        site_b: Any = site.module.lora_B
-        idle = not bool(local_rows(site_b[name.rpartition(".")[2]]).any())
+        idle = not bool(local_rows(_matrix_b(site, name)).any())
         tolerance = max(1e-3, 4 * torch.finfo(local_rows(linear).dtype).eps)
         if idle:
             HeldWeight(linear, basis, held.target).restore()
@@ -243,6 +246,12 @@ def _adapters(site: LinearSite) -> dict[str, nn.Module]:
     if getattr(module, "lora_variant", None):
         raise ValueError(f"{site.name}: cannot hold variants of LoRA such as DoRA, only plain LoRA")
     return dict(adapters.items())
+
+
+def _matrix_b(site: LinearSite, name: str) -> Any:
+    """The matrix B that goes with the adapter's matrix A of this name."""
+    module: Any = site.module
+    return module.lora_B[name.rpartition(".")[2]]
 
 
 def _energies(energy: float | Mapping[str, float] | None, names: list[str]) -> dict[str, float | None]:

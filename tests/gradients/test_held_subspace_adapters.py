@@ -100,6 +100,19 @@ def test_an_adapter_is_taken_up_again_only_where_it_is_on_the_constraint():
     HeldSubspace(model, groups(), softness=1.0)
 
 
+def test_a_frozen_matrix_a_is_brought_on_the_constraint_for_its_b():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    base = copy.deepcopy(model.get_base_model())
+    train(model, HeldSubspace(model, groups()))
+    inside = torch.randn(20, RANK) @ basis_of(0).T
+    now, then = (m.get_submodule(NAMES[0]) for m in (model.get_base_model(), base))
+    torch.testing.assert_close(now(inside), then(inside), rtol=1e-4, atol=1e-5)
+    assert (now(torch.eye(WIDTH)) - then(torch.eye(WIDTH))).norm() > 0.01
+
+
 def test_copies_that_peft_trains_are_held():
     model = adapted(modules_to_save=["projector"])
     held = HeldSubspace(model, groups([*NAMES, "projector.0"]))
