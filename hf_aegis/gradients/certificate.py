@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_aegis.anchors import find_decoder_layers, unwrap_model
-from hf_aegis.anchors.collection import evaluation_mode
+from hf_aegis.anchors.collection import evaluation_mode, forward_inputs, input_device
 from hf_aegis.functional.moments import check_mask
 from hf_aegis.gradients.forward_pass import hidden_output
 from hf_aegis.gradients.held_subspace import HeldSubspace
@@ -67,7 +67,7 @@ class Certificate:
     Args:
         model (`torch.nn.Module`):
             A Hugging Face model with a stack of decoder layers, wrapped or not, before training. It is run in
-            evaluation mode and left in the modes it was in.
+            evaluation mode and left in the modes it was in, without the mixed precision of accelerate.
         batches (`Iterable[Mapping[str, Any]]`):
             Forward arguments, few of them, which the anchor has not seen. They are kept. Labels are left out. Tokens
             with a zero in `attention_mask` `(B, T)` do not count.
@@ -107,7 +107,7 @@ class Certificate:
         self.model = model
         self.last_tokens = last_tokens
         self._layers = list(find_decoder_layers(model, layers))
-        self._batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        self._batches = list(batches)
         if not self._batches:
             raise ValueError("no batches to certify on: the iterable is empty")
         groups = subspaces_of(subspaces)
@@ -119,15 +119,15 @@ class Certificate:
         self._probes = LinearProbes(sites, groups, ranks, pairs, tokens_per_linear, seed)
         self._picks_logits = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters
         with evaluation_mode(model), self._probes.sampling():
-            self._before = [self._run(batch) for batch in self._batches]
+            self._before = [self._run(index, batch) for index, batch in enumerate(self._batches)]
 
     def measure(self) -> CertificateReport:
         """Runs the batches again and compares. All processes that share the model's weights have to call it."""
         layers = [_Deviation() for _ in self._layers]
         logits, divergences = _Deviation(), []
         with evaluation_mode(self.model):
-            for batch, (hidden_before, logits_before) in zip(self._batches, self._before, strict=True):
-                hidden, logits_now = self._run(batch)
+            for index, (hidden_before, logits_before) in enumerate(self._before):
+                hidden, logits_now = self._run(index, self._batches[index])
                 for deviation, now, before in zip(layers, hidden, hidden_before, strict=True):
                     deviation.add(now, before)
                 if logits_now is not None and logits_before is not None:
@@ -142,22 +142,19 @@ class Certificate:
             tokens=sum(hidden[0].shape[0] for hidden, _ in self._before),
         )
 
-    def _run(self, batch: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+    def _run(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
         """Each layer's output `(N, D)` at the tokens that count, and the logits `(M, V)` of the last ones."""
-        inner: Any = unwrap_model(self.model)
-        embeddings = inner.get_input_embeddings() if callable(getattr(inner, "get_input_embeddings", None)) else inner
-        device = next(embeddings.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = forward_inputs(batch, input_device(self.model), index)
         mask = inputs.get("attention_mask")
         if mask is not None and not bool((mask != 0).any()):
-            raise ValueError("the attention mask of a batch leaves no token to compare")
+            raise ValueError(f"batch {index}: the attention mask leaves no token to compare")
         self._probes.mask = mask
         outputs: dict[int, Tensor] = {}
 
-        def keep(index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if index in outputs:
-                raise ValueError(f"decoder layer {index} ran twice in one forward pass")
-            outputs[index] = _chosen(hidden_output(output).detach(), mask).cpu()
+        def keep(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if number in outputs:
+                raise ValueError(f"decoder layer {number} ran twice in one forward pass")
+            outputs[number] = _chosen(hidden_output(output).detach(), mask).cpu()
 
         compared = None if mask is None else last_of(mask, mask, self.last_tokens)
         if self._picks_logits and "logits_to_keep" not in inputs:
@@ -167,20 +164,22 @@ class Certificate:
                 positions = compared.any(0).nonzero()[:, 0]
                 compared = compared[:, positions]
             inputs["logits_to_keep"] = positions
+        # Mixed precision that accelerate puts on the model for training would count as a change of it.
+        forward = vars(self.model).get("_original_forward", self.model)
         hooks = [layer.register_forward_hook(partial(keep, i)) for i, layer in enumerate(self._layers)]
         try:
             with torch.no_grad():
-                result = self.model(**inputs)
+                result = forward(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        if silent := [index for index in range(len(self._layers)) if index not in outputs]:
+        if silent := [number for number in range(len(self._layers)) if number not in outputs]:
             raise ValueError(f"decoder layers {silent} did not run in the forward pass")
         logits = getattr(result, "logits", None)
         if isinstance(logits, Tensor):
             chosen = last_of(None, logits, self.last_tokens) if compared is None else compared
             logits = _chosen(logits, chosen).cpu()
-        return [outputs[index] for index in range(len(self._layers))], logits
+        return [outputs[number] for number in range(len(self._layers))], logits
 
 
 def last_of(mask: Tensor | None, values: Tensor, count: int) -> Tensor:

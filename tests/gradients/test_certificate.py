@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
 from hf_aegis.anchors import ActivationAnchor, InputSubspace, SubspaceOptions, find_decoder_layers
@@ -66,6 +68,16 @@ def test_an_untouched_model(case):
         assert (found.output, found.inside, found.outside, found.inputs) == (0.0, 0.0, 0.0, 11)
         assert found.outside_energy == pytest.approx(1 - groups[name].energy_share, abs=1e-5)
     assert json.loads(json.dumps(report.to_dict()))["linears"]["layers.0.mlp.up_proj"]["inputs"] == 11
+
+
+def test_mixed_precision_is_no_change(case):
+    certificate = Certificate(case.model, [case.batch], subspaces_of_inputs(case.model, case.batch, rank=4))
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(case.model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with torch.no_grad():
+        assert not torch.equal(case.model(**case.batch).logits, case.model._original_forward(**case.batch).logits)
+    report = certificate.measure()
+    assert report.logits == 0.0 and set(report.layers.values()) == {0.0}
 
 
 def finetune(case, after=lambda: None):
@@ -265,7 +277,11 @@ def test_refusals(case):
         ({"last_tokens": 0}, [case.batch], "last_tokens must be at least 1"),
         ({"held": other}, [case.batch], "held: of another anchor, without the linear 'layers.0"),
         ({}, [], "no batches to certify on"),
-        ({}, [{**case.batch, "attention_mask": torch.zeros(2, 6)}], "leaves no token to compare"),
+        (
+            {},
+            [{**case.batch, "attention_mask": torch.zeros(2, 6)}],
+            "batch 0: the attention mask leaves no token to compare",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Certificate(case.model, batches, groups, **options)
