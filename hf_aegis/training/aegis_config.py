@@ -73,8 +73,7 @@ class AEGISConfig(TrainingArguments):
         subspace_softness (`float`, *optional*, defaults to `0.0`):
             Above 0, directions are brought back in proportion to their energy rather than entirely.
         subspace_steps (`int`, *optional*, defaults to `1`):
-            Optimiser steps between restorations. The weights of a checkpoint may be a few steps from the last one;
-            when training ends they are restored in any case.
+            Optimiser steps between restorations. Weights that are saved or evaluated are restored in any case.
         freeze_unheld (`bool`, *optional*, defaults to `True`):
             With held subspaces, freezes what else could change the decoder's answers: norms, biases and embeddings.
         certificate_steps (`int`, *optional*, defaults to `0`):

@@ -145,7 +145,7 @@ class AEGISTrainer(Trainer):
         self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, self._trained)
         self.shield = self.preservation.shield
         if self.preservation.held is not None:
-            self.add_callback(HeldSubspaceCallback(self.preservation.held))
+            self.add_callback(HeldSubspaceCallback(self.preservation.held, args.subspace_steps))
         if certificate_batches is not None:
             certificate = self._certificate(certificate_batches)
             self.add_callback(CertificateCallback(certificate, args.output_dir, args.certificate_steps, self.log))

@@ -32,12 +32,10 @@ class CertificateCallback(TrainerCallback):
         self.lines = JSONLines(Path(output_dir) / CERTIFICATE_FILE)
         self.steps = steps
         self.log = log
-        self._measured = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._measured = -1
         self.lines.rewind(state.global_step)
 
     def on_step_end(
@@ -49,12 +47,13 @@ class CertificateCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._measured != state.global_step:
-            self._measure(state)
+        # Also where this step has been measured: the weights may be those of the best checkpoint since.
+        if state.is_world_process_zero:
+            self.lines.rewind(max(0, state.global_step - 1))
+        self._measure(state)
 
     def _measure(self, state: TrainerState) -> None:
         report = self.certificate.measure().to_dict()
-        self._measured = state.global_step
         if state.is_world_process_zero:
             self.lines.append([{"step": state.global_step, **report}])
         self.log(certificate_figures(report))

@@ -2,27 +2,43 @@
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_aegis.gradients import HeldSubspace
+from hf_aegis.training.aegis_config import AEGISConfig
 
 
 class HeldSubspaceCallback(TrainerCallback):
     """
-    Calls a [`HeldSubspace`] after each optimiser step, whichever optimiser it is, and restores the subspaces when
-    training ends, even if the last step was not one of those after which they are.
+    Restores a [`HeldSubspace`] after every so many optimiser steps, whichever optimiser it is, and besides before the
+    weights are saved or measured and when training ends. Steps are counted over the whole training, so that a resumed
+    one goes on as it would have.
+
+    Args:
+        held ([`HeldSubspace`]): What is restored.
+        steps (`int`): Optimiser steps between restorations.
     """
 
-    def __init__(self, held: HeldSubspace) -> None:
+    def __init__(self, held: HeldSubspace, steps: int) -> None:
         self.held = held
+        self.steps = steps
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_optimizer_step(  # type: ignore[override]
+        self, args: AEGISConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.held()
+        # The step under way is counted when it has ended.
+        if (state.global_step + 1) % self.steps == 0:
+            self.held.restore()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_step_end(  # type: ignore[override]
+        self, args: AEGISConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.held.every > 1:
+        measured = any(steps and state.global_step % steps == 0 for steps in (args.vqa_steps, args.certificate_steps))
+        if self.steps > 1 and (measured or control.should_save or control.should_evaluate):
+            self.held.restore()
+
+    def on_train_end(  # type: ignore[override]
+        self, args: AEGISConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.steps > 1:
             self.held.restore()

@@ -134,7 +134,6 @@ class Preservation:
             softness=args.subspace_softness,
             layers=args.decoder_layers,
             freeze=args.freeze_unheld,
-            every=args.subspace_steps,
         )
 
     def _make_shield(

@@ -147,15 +147,27 @@ def test_adapters_do_nothing_on_the_subspaces(make_language_model, trainer):
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_resumed_training_holds_what_an_uninterrupted_one_does(trainer, tmp_path):
-    whole = trainer(output_dir=str(tmp_path / "whole"))
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_resumed_training_holds_what_an_uninterrupted_one_does(trainer, tmp_path, steps):
+    # After step 3 the subspaces are restored because it is saved, and then after steps 4 and 6.
+    saved = {"save_strategy": "steps", "save_steps": 3, "subspace_steps": steps}
+    whole = trainer(output_dir=str(tmp_path / "whole"), **saved)
     whole.train()
-    begun = trainer(save_strategy="steps", save_steps=3, max_steps=3, output_dir=str(tmp_path / "parts"))
+    begun = trainer(max_steps=3, output_dir=str(tmp_path / "parts"), **saved)
     begun.train()
-    resumed = trainer(save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "parts"))
+    resumed = trainer(output_dir=str(tmp_path / "parts"), **saved)
     resumed.train(resume_from_checkpoint=True)
     for (name, one), (_, two) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_what_is_saved_is_held(trainer, make_language_model, tmp_path):
+    ours = trainer(save_strategy="steps", save_steps=3, subspace_steps=4)
+    before = on_subspaces(make_language_model(), ours.anchor)
+    ours.train()
+    saved = make_language_model().from_pretrained(tmp_path / "out" / "checkpoint-3")
+    for name, value in on_subspaces(saved, ours.anchor).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_the_certificate_is_written_and_logged(trainer, other_sequences, tmp_path):
@@ -171,6 +183,11 @@ def test_the_certificate_is_written_and_logged(trainer, other_sequences, tmp_pat
     assert [log["step"] for log in logged] == [4, 6]
     assert logged[-1]["certificate_layers"] == max(report["layers"].values())
     assert logged[-1]["certificate_divergence"] > 0
+    # A training that has ended is measured again, and still counts once.
+    again = trainer(certificate_batches=other_sequences[:1], certificate_steps=3)
+    again.train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / CERTIFICATE_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
 
 
 def test_less_changes_with_held_subspaces_than_without(trainer, other_sequences):
