@@ -39,22 +39,21 @@ _PANELS: dict[str, dict[str, str]] = {
         "weight_interpolation": "weight interpolation",
     },
     "held input subspaces": {
-        "subspace_99": "subspace, 99 % of the energy",
-        "subspace_95": "subspace, 95 %",
-        "subspace_90": "subspace, 90 %",
-        "subspace_50": "subspace, 50 %",
+        "subspace_99": "held subspace, 99 %",
+        "subspace_95": "held subspace, 95 %",
+        "subspace_90": "held subspace, 90 %",
+        "subspace_50": "held subspace, 50 %",
     },
     "held pairs of directions": {
-        "pairs_99": "pairs, 99 % of the sensitivity",
-        "pairs_95": "pairs, 95 %",
-        "pairs_90": "pairs, 90 %",
-        "pairs_80": "pairs, 80 %",
+        "pairs_99": "held pairs, 99 %",
+        "pairs_95": "held pairs, 95 %",
+        "pairs_90": "held pairs, 90 %",
+        "pairs_80": "held pairs, 80 %",
     },
     "held otherwise": {
-        "subspace_soft": "subspace, soft",
-        "subspace_unfrozen": "subspace, 90 %, norms and embeddings free",
-        "subspace_both": "subspace, 90 %, and AEGIS",
-        "pairs_both": "pairs, 90 %, and AEGIS",
+        "subspace_soft": "held subspace, soft",
+        "subspace_unfrozen": "held subspace, norms free",
+        "pairs_both": "held pairs + AEGIS",
     },
     "AEGIS: what is projected": {
         "aegis_global": "AEGIS, global",
@@ -75,7 +74,7 @@ _PANELS: dict[str, dict[str, str]] = {
     },
 }
 _METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd<", "D*sv", "^dP", "P>vp")
+_MARKERS = ("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp")
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {
