@@ -132,13 +132,13 @@ def test_unheld_training_does_leave(model):
     assert min(held.deviation().values()) > 1e-2
 
 
-def test_eight_bit_adamw():
+def test_a_thousand_steps_of_eight_bit_adamw():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = Model(width=64, inner=96, depth=1)
     held = HeldSubspace(model, subspaces(width=64, inner=96, depth=1, rank=20))
     optimizer = bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-2, weight_decay=0.1)
-    train(model, optimizer, 100, held)
+    train(model, optimizer, 1000, held)
     assert optimizer.state[model.decoder.layers[0].up.weight]["state1"].dtype == torch.uint8
     assert max(held.deviation().values()) < 1e-6
 
