@@ -74,19 +74,19 @@ def format_sensitivities(
     """
     A table with a line for each linear layer, and one for all of them: width and rank of outputs and inputs, share of
     the sensitivity over all layers, and the share of the weight's pairs of directions (out · in of them) that are
-    above the one threshold, for all layers, which holds 90, 95 or 99 % of the sensitivity.
+    held where 90, 95 or 99 % of the sensitivity over all layers is.
     """
-    from hf_aegis.gradients.held_pairs import sensitivity_threshold
+    from hf_aegis.gradients.held_pairs import largest_pairs
 
     inputs = {name: subspace.width for subspace in subspaces.values() for name in subspace.linears}
     values = {name: sensitivities[name].sensitivities.double() for name in sorted(sensitivities, key=_by_number)}
-    thresholds = [sensitivity_threshold(values.values(), share) for share in _SHARES]
+    masks = [largest_pairs(values, share) for share in _SHARES]
     total = sum(float(table.sum()) for table in values.values())
     heads = ("weight of", "outputs", "rank", "inputs", "rank", "sensitivity", *(f"{share:.0%}" for share in _SHARES))
     rows, held, pairs = [], [0] * len(_SHARES), 0
     for name, table in values.items():
         width = sensitivities[name].output_basis.shape[0]
-        above = [int(((table >= threshold) & (table > 0)).sum()) for threshold in thresholds]
+        largest = [int(mask[name].sum()) for mask in masks]
         rows.append(
             (
                 name,
@@ -95,10 +95,10 @@ def format_sensitivities(
                 f"{inputs[name]:,}",
                 f"{table.shape[1]:,}",
                 _percent(float(table.sum()), total),
-                *(_percent(count, width * inputs[name]) for count in above),
+                *(_percent(count, width * inputs[name]) for count in largest),
             )
         )
-        held = [sum(counts) for counts in zip(held, above, strict=True)]
+        held = [sum(counts) for counts in zip(held, largest, strict=True)]
         pairs += width * inputs[name]
     rows.append(("all", "", "", "", "", _percent(total, total), *(_percent(count, pairs) for count in held)))
     return _table(heads, rows)

@@ -96,10 +96,24 @@ def choose_pairs(
             f"sensitivity: all {pairs} pairs of the {len(chosen)} linears that train have a sensitivity of zero, "
             "expected some above it: the predictions of the anchor's batches do not depend on these linears"
         )
-    threshold = sensitivity_threshold(chosen.values(), share)
-    return {
-        name: HeldPairs(sensitivities[name], (values >= threshold) & (values > 0)) for name, values in chosen.items()
-    }
+    masks = largest_pairs(chosen, share)
+    return {name: HeldPairs(sensitivities[name], mask) for name, mask in masks.items()}
+
+
+def largest_pairs(sensitivities: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """
+    Where the largest sensitivities of several linears are, by one threshold for all of them, until they add up to a
+    share of the sum.
+
+    Args:
+        sensitivities (`Mapping[str, Tensor]`): Of each linear, `(m, k)`, on the CPU; not negative.
+        share (`float`): Above 0 and at most 1, which takes all that are above zero.
+
+    Returns:
+        `dict[str, Tensor]`: Booleans `(m, k)` for each linear.
+    """
+    threshold = sensitivity_threshold(sensitivities.values(), share)
+    return {name: (values >= threshold) & (values > 0) for name, values in sensitivities.items()}
 
 
 def sensitivity_threshold(values: Iterable[Tensor], share: float) -> float:
