@@ -49,10 +49,16 @@ def build_parser() -> CommandParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in {**COMMANDS, **TWO_WORD_COMMANDS}.items():
+        beside = [
+            f"`hf-aegis {words}` to {does}"
+            for words, (_, does) in TWO_WORD_COMMANDS.items()
+            if words.split()[0] == name
+        ]
         commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"See also {', '.join(beside)}." if beside else None,
             configure=lambda child, module=module: importlib.import_module(module).configure(child),
         )
     return parser

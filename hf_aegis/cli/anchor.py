@@ -48,7 +48,9 @@ class AnchorRecipe:
     tokens: Literal["all", "image", "text"] = _option("all", "which of the attended tokens count")
     subspaces: bool = _option(False, "collect the principal subspaces of linear layers' inputs as well")
     subspace_energy: float = _option(0.999, "share of the inputs' energy that their directions hold")
+    subspace_min_rank: int = _option(1, "fewest directions per input, whatever their energy")
     subspace_max_rank: int = _option(512, "most directions per input, whatever their energy")
+    subspace_exact_width: int = _option(4096, "widest input whose second moments are summed in full, not sketched")
     subspace_modules: list[str] = field(
         default_factory=lambda: ["multi_modal_projector"],
         metadata={"help": "modules outside of the decoder layers whose linear layers count too, by end of path"},
@@ -64,9 +66,16 @@ class AnchorRecipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "subspace_max_rank", "max_output_rank"):
+        for name in ("num_samples", "batch_size", "subspace_min_rank", "subspace_max_rank", "max_output_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.subspace_min_rank > self.subspace_max_rank:
+            raise ValueError(
+                f"subspace_min_rank must not exceed subspace_max_rank, found {self.subspace_min_rank} and "
+                f"{self.subspace_max_rank}"
+            )
+        if self.subspace_exact_width < 0:
+            raise ValueError(f"subspace_exact_width must not be negative, found {self.subspace_exact_width}")
         if not 0 < self.subspace_energy <= 1:
             raise ValueError(f"subspace_energy must be above 0 and at most 1, found {self.subspace_energy}")
         if not 0 < self.sensitivity_temperature < float("inf"):
@@ -121,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         batches,
         moments=recipe.moments,
         tokens=recipe.tokens,
-        subspaces=_subspace_options(recipe),
+        subspaces=subspace_options(recipe),
         dataset_id=f"{recipe.dataset}:{recipe.split}",
         num_batches=len(batches),
     )
@@ -131,14 +140,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
+def subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
+    """How a recipe has subspaces collected, if it does."""
     from hf_aegis.anchors import SubspaceOptions
 
     if not recipe.subspaces:
         return None
     return SubspaceOptions(
         energy=recipe.subspace_energy,
+        min_rank=recipe.subspace_min_rank,
         max_rank=recipe.subspace_max_rank,
+        exact_width=recipe.subspace_exact_width,
         modules=tuple(recipe.subspace_modules),
         dtype=recipe.subspace_dtype,
         sensitivity=recipe.sensitivity,

@@ -43,7 +43,9 @@ class CommandParser(argparse.ArgumentParser):
         namespace = argparse.Namespace() if namespace is None else namespace
         options = sys.argv[1:] if args is None else args
         namespace.config, _ = recipe_path(options)
-        namespace.recipe = parse_recipe(self._recipe, options, prog=self.prog, description=self.description)
+        namespace.recipe = parse_recipe(
+            self._recipe, options, prog=self.prog, description=self.description, epilog=self.epilog
+        )
         return namespace, []
 
     def error(self, message: str) -> NoReturn:

@@ -23,7 +23,11 @@ EXTENDS = "extends"
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type], options: Sequence[str], prog: str = "hf-aegis", description: str | None = None
+    dataclass_types: Sequence[type],
+    options: Sequence[str],
+    prog: str = "hf-aegis",
+    description: str | None = None,
+    epilog: str | None = None,
 ) -> tuple[Any, ...]:
     """
     Builds dataclasses from the options of a command line and the recipe that its `--config` names.
@@ -33,6 +37,7 @@ def parse_recipe(
         options (`Sequence[str]`): The command line after the command's name. What it says wins over the recipe.
         prog (`str`, *optional*, defaults to `"hf-aegis"`): The command, for its help.
         description (`str`, *optional*): What the command does, for its help.
+        epilog (`str`, *optional*): What its help ends with.
 
     Returns:
         `tuple`: One instance of each dataclass.
@@ -44,7 +49,7 @@ def parse_recipe(
     """
     path, rest = recipe_path(options)
     hints = option_types(dataclass_types)
-    parser = _option_parser(dataclass_types, hints, prog=prog, description=description)
+    parser = _option_parser(dataclass_types, hints, prog=prog, description=description, epilog=epilog)
     if path is not None:
         parser.set_defaults_with_config(**read_recipe(path, hints))
     # Without this, a file beside the executable would be taken for options.

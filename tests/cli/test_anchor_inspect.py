@@ -3,7 +3,7 @@ import torch
 
 from hf_aegis.anchors import ActivationAnchor, AnchorFingerprint, InputSubspace, PairSensitivity, SubspaceOptions
 from hf_aegis.cli import TWO_WORD_COMMANDS, main
-from hf_aegis.cli.anchor import AnchorRecipe
+from hf_aegis.cli.anchor import AnchorRecipe, subspace_options
 from hf_aegis.cli.anchor_inspect import format_sensitivities, format_subspaces
 from hf_aegis.cli.recipe import parse_recipe
 
@@ -97,7 +97,7 @@ def test_layers_are_in_the_order_of_their_numbers():
     assert [line.split()[0] for line in format_subspaces(subspaces).splitlines()[1:]] == names
 
 
-@pytest.mark.parametrize("argv", [["anchor", "inspect", "--help"], ["--help"]])
+@pytest.mark.parametrize("argv", [["anchor", "inspect", "--help"], ["anchor", "--help"], ["--help"]])
 def test_help_names_the_command(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         main(argv)
@@ -110,9 +110,17 @@ def test_options_of_subspaces():
     (plain,) = parse_recipe([AnchorRecipe], [])
     assert (plain.subspaces, plain.subspace_modules) == (False, ["multi_modal_projector"])
     options = ["--subspaces", "true", "--subspace_modules", "a", "b", "--subspace_energy", "0.9"]
-    (recipe,) = parse_recipe([AnchorRecipe], options)
-    assert (recipe.subspaces, recipe.subspace_modules, recipe.subspace_energy) == (True, ["a", "b"], 0.9)
+    (recipe,) = parse_recipe([AnchorRecipe], [*options, "--subspace_min_rank", "3", "--subspace_exact_width", "64"])
+    assert subspace_options(recipe) == SubspaceOptions(energy=0.9, min_rank=3, exact_width=64, modules=("a", "b"))
+    assert subspace_options(plain) is None
+    # What is not said is as for anchors that are collected without the command.
+    (bare,) = parse_recipe([AnchorRecipe], ["--subspaces", "true"])
+    assert subspace_options(bare) == SubspaceOptions(modules=("multi_modal_projector",))
     with pytest.raises(ValueError, match="subspace_energy must be above 0 and at most 1, found 0"):
         AnchorRecipe(subspace_energy=0)
     with pytest.raises(ValueError, match="subspace_max_rank must be at least 1, found 0"):
         AnchorRecipe(subspace_max_rank=0)
+    with pytest.raises(ValueError, match="subspace_min_rank must not exceed subspace_max_rank, found 9 and 8"):
+        AnchorRecipe(subspace_min_rank=9, subspace_max_rank=8)
+    with pytest.raises(ValueError, match="subspace_exact_width must not be negative, found -1"):
+        AnchorRecipe(subspace_exact_width=-1)
