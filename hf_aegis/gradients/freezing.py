@@ -24,7 +24,10 @@ def freeze_unheld(
     have; the decoder's embeddings and final norm, and with tied embeddings the output head; biases of linears outside
     of the layers that have a subspace. Low-rank adapters on linears with a subspace go on training.
 
-    The rest of the model (vision tower, action expert, an output head of its own) is left alone.
+    The rest of the model (vision tower, action expert, an output head of its own) is left alone. That goes for linears
+    before the decoder too: one that trains without a subspace, such as a projector of image features that the anchor
+    was collected without, changes the decoder's inputs, and nothing here holds what comes of that. Collect the anchor
+    with it (`SubspaceOptions(modules=...)`), or freeze it.
 
     Args:
         model (`torch.nn.Module`): A Hugging Face model, wrapped or not; its `requires_grad` is changed in place.

@@ -77,7 +77,8 @@ class HeldSubspace:
         layers (`str` or `torch.nn.ModuleList`, *optional*):
             Where the decoder layers are, if they cannot be found.
         freeze (`bool`, *optional*, defaults to `True`):
-            Freezes what else would change the function; see [`freeze_unheld`].
+            Freezes what else of the decoder would change the function; see [`freeze_unheld`]. A module before the
+            decoder that trains without a subspace, such as a projector, is the caller's to freeze.
         every (`int`, *optional*, defaults to `1`):
             Restores in every n-th call only; `restore()` does so at once.
 
