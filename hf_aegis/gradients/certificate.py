@@ -55,8 +55,9 @@ class Certificate:
     inside of the subspace (where a [`HeldSubspace`] lets nothing change) and from outside.
 
     What is remembered stays on the CPU: a layer's width of numbers for each layer and token, in the layers' dtype, and
-    for each linear `tokens_per_linear` inputs and twice as many outputs, in float32. At PaliGemma2-3B that is about
-    120 kB for each token and 4 GB for the linears with 256 inputs.
+    for each linear `tokens_per_linear` inputs and twice as many outputs, in float32, with the bases of the subspaces.
+    At PaliGemma2-3B that is about 120 kB for each token and 4 GB for the linears with 256 inputs, and as much as the
+    anchor has for the bases.
 
     ```python
     certificate = Certificate(model, held_out, anchor)

@@ -100,9 +100,11 @@ class LinearProbes:
     ) -> None:
         self.subspaces = subspaces
         self.ranks = ranks
-        self.pairs = pairs
         self.mask: Tensor | None = None
         self._sites = sites
+        # Made orthonormal once, in float64, which takes longer than what is done with them.
+        self._bases = [_leading(s, max(ranks[name] for name in s.linears)) for s in subspaces]
+        self._pairs = {name: _single(held) for name, held in pairs.items()}
         self._samples = [RowSample(size, seed) for _ in subspaces]
         self._inputs: list[Tensor] = []
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
@@ -158,21 +160,30 @@ class LinearProbes:
 
     def _runs(self) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
         """Each linear with its sampled inputs and the basis of its subspace, `(in, rank)`."""
-        for subspace, inputs in zip(self.subspaces, self._inputs, strict=True):
-            basis = orthonormal_basis(subspace).float()
+        for subspace, inputs, basis in zip(self.subspaces, self._inputs, self._bases, strict=True):
             for name in subspace.linears:
                 yield name, self._sites[name][0].module, inputs, basis[:, : self.ranks[name]]
 
     def _inside(self, name: str, module: nn.Module, inputs: Tensor, basis: Tensor) -> Tensor:
         """What of the outputs is held, without the bias, `(n, out)`."""
         bias = _outputs(module, inputs.new_zeros(1, inputs.shape[1])).cpu()
-        pairs = self.pairs.get(name)
-        if pairs is None:
+        if name not in self._pairs:
             return _outputs(module, inputs @ basis @ basis.T).cpu() - bias
-        outputs, columns, mask = pairs.compact()
+        outputs, columns, mask = self._pairs[name]
         directions = basis[:, columns]
-        action = (_outputs(module, directions.T).cpu() - bias) @ outputs.float()
-        return inputs @ directions @ (action * mask.T) @ outputs.float().T
+        action = (_outputs(module, directions.T).cpu() - bias) @ outputs
+        return inputs @ directions @ (action * mask.T) @ outputs.T
+
+
+def _leading(subspace: "InputSubspace", rank: int) -> Tensor:
+    """As many directions of a subspace, `(in, rank)`, orthonormal, in float32 on the CPU."""
+    return orthonormal_basis(subspace)[:, :rank].float()
+
+
+def _single(pairs: HeldPairs) -> tuple[Tensor, Tensor, Tensor]:
+    """[`HeldPairs.compact`] with its output directions in float32."""
+    outputs, columns, mask = pairs.compact()
+    return outputs.float(), columns, mask
 
 
 @torch.no_grad()
