@@ -175,11 +175,14 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path, content, message):
         parse("--config", path)
 
 
-@pytest.mark.parametrize("name", ["anchor_easy_vqa", "anchor_paligemma2_3b_vqav2"])
-def test_shipped_recipes_resolve_to_what_they_say(name):
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [("anchor_easy_vqa", 3000), ("anchor_paligemma2_3b_vqav2", 3000), ("anchor_paligemma2_3b_vqav2_pairs", 1000)],
+)
+def test_shipped_recipes_resolve_to_what_they_say(name, samples):
     path = RECIPES / f"{name}.yaml"
     (recipe,) = parse("--config", path).recipe
-    assert recipe.num_samples == 3000
+    assert recipe.num_samples == samples
     assert recipe.num_samples % recipe.batch_size == 0  # a smaller last batch would weigh as much as a full one
     assert recipe.attn_implementation == "eager"
     for key, value in yaml.safe_load(path.read_text()).items():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import AutoProcessor
 
-from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.cli.anchor import AnchorRecipe
 from hf_aegis.cli.compare import CompareArguments
@@ -37,14 +37,20 @@ PAPER = {
     "vqa_samples": 100,
 }
 CONDITIONS = sorted(path.stem for path in (RECIPES / "paligemma2_3b").glob("*.yaml") if path.stem != "shared")
-COMPARISONS = ("compare_embedded", "ablations_embedded", "compare_paligemma2_3b")
+COMPARISONS = ("compare_embedded", "ablations_embedded", "study_embedded", "compare_paligemma2_3b")
 EMBEDDED = {
     name: list(read_recipe(RECIPES / f"{name}.yaml", option_types([CompareArguments]))["conditions"])
-    for name in ("compare_embedded", "ablations_embedded")
+    for name in ("compare_embedded", "ablations_embedded", "study_embedded")
 }
 # One for each kind of thing that the conditions on PaliGemma2-3B do not run: a frozen language model, an anchor of one
-# kind of token, one projection of all layers, the penalty as a loss.
-REPRESENTATIVE = {"stop_gradient", "aegis_image_tokens", "aegis_global", "transport_loss"}
+# kind of token, one projection of all layers, the penalty as a loss, whole subspaces held softly.
+REPRESENTATIVE = {
+    ("compare_embedded", "stop_gradient"),
+    ("ablations_embedded", "aegis_image_tokens"),
+    ("ablations_embedded", "aegis_global"),
+    ("ablations_embedded", "transport_loss"),
+    ("study_embedded", "subspace_soft"),
+}
 # Splits that the sets have, as their Hub pages and readers list them, with the images that they are about.
 SPLITS = {
     ("easy-vqa", "train"): "easy-VQA train",
@@ -110,6 +116,10 @@ def make_anchor_folder(make_flow_model, tmp_path_factory):
         samples = load_easy_vqa("train", 8, seed=0)
         batches = [collator(samples[:4]), collator(samples[4:])]
         chosen = {name: policies[name] for name in ("moments", "tokens") if name in policies}
+        if policies.get("subspaces"):
+            modules = tuple(policies.get("subspace_modules", AnchorRecipe().subspace_modules))
+            sensitivity = policies.get("sensitivity", False)
+            chosen["subspaces"] = SubspaceOptions(modules=modules, sensitivity=sensitivity)
         anchor = ActivationAnchor.collect(make_flow_model(), batches, progress=False, **chosen)
         return str(anchor.save_pretrained(tmp_path_factory.mktemp("anchor")))
 
@@ -125,6 +135,8 @@ def train(demonstrations, tmp_path):
         changes |= {"demonstrations": [demonstrations], "output_dir": str(tmp_path / "out")}
         if recipe.get("fast"):
             changes["fast"] = {"vocab_size": 400}
+        if recipe.get("certificate_samples"):
+            changes["certificate_samples"] = 2
         path.write_text(yaml.safe_dump(merged(recipe, SWAPPED, changes)))
         return run_training(*parse(path))
 
@@ -135,12 +147,17 @@ def read(path):
     return read_recipe(path, option_types([RunArguments, AEGISConfig]))
 
 
+def anchor_recipe(folder):
+    """The recipe that writes an anchor to a folder of outputs/."""
+    return RECIPES / f"{Path(folder).name}.yaml"
+
+
 def test_there_is_a_recipe_for_every_condition_of_the_comparison():
     comparison = yaml.safe_load((RECIPES / "compare_paligemma2_3b.yaml").read_text())
     assert sorted(comparison["conditions"]) == CONDITIONS
     for name, path in comparison["conditions"].items():
         assert path == f"paligemma2_3b/{name}.yaml"
-    assert set(CONDITIONS) <= set(EMBEDDED["compare_embedded"])
+    assert set(CONDITIONS) <= {*EMBEDDED["compare_embedded"], *EMBEDDED["study_embedded"]}
 
 
 @pytest.mark.parametrize("name", [*CONDITIONS, "shared"])
@@ -176,7 +193,9 @@ def test_values_of_the_paper(condition):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_recipe_of_the_paper_runs(condition, train, make_anchor_folder):
     recipe = read(RECIPES / "paligemma2_3b" / f"{condition}.yaml")
-    changes = {"anchor": make_anchor_folder({})} if "anchor" in recipe else {}
+    changes = {}
+    if "anchor" in recipe:
+        changes["anchor"] = make_anchor_folder(yaml.safe_load(anchor_recipe(recipe["anchor"]).read_text()))
     # Spectra and hidden states are measured alike whatever is trained.
     analysis_samples = 2 if condition == "aegis" else 0
     result = train(recipe, gradient_accumulation_steps=2, analysis_samples=analysis_samples, **changes)
@@ -184,22 +203,23 @@ def test_a_recipe_of_the_paper_runs(condition, train, make_anchor_folder):
     assert result["skipped_steps"] == 0
 
 
-def test_the_anchor_of_the_paper_is_of_the_model_that_trains():
-    anchor = AnchorRecipe(**yaml.safe_load((RECIPES / "anchor_paligemma2_3b_vqav2.yaml").read_text()))
-    run, _ = parse(RECIPES / "paligemma2_3b" / "aegis.yaml")
+@pytest.mark.parametrize("condition", ["aegis", "pairs_90"])
+def test_the_anchor_is_of_the_model_that_trains(condition):
+    run, args = parse(RECIPES / "paligemma2_3b" / f"{condition}.yaml")
+    anchor = AnchorRecipe(**yaml.safe_load(anchor_recipe(run.anchor).read_text()))
     assert (anchor.model, anchor.dtype, anchor.output_dir) == (run.model, run.dtype, run.anchor)
-    assert (anchor.dataset, anchor.split, anchor.num_samples) == (
-        run.replay_dataset,
-        run.replay_split,
-        run.replay_samples,
-    )
+    assert (anchor.dataset, anchor.split) == (run.replay_dataset, run.replay_split)
+    assert (anchor.subspaces, anchor.sensitivity) == (args.holds_subspaces, args.subspace_sensitivity is not None)
+    if condition == "aegis":
+        assert anchor.num_samples == run.replay_samples
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
 def test_nothing_is_learned_from_images_that_are_asked_about(comparison):
     conditions, anchors = resolve(comparison)
     if comparison == "compare_paligemma2_3b":
-        anchors = {"paper": yaml.safe_load((RECIPES / "anchor_paligemma2_3b_vqav2.yaml").read_text())}
+        used = {recipe["anchor"] for recipe in conditions.values() if "anchor" in recipe}
+        anchors = {folder: yaml.safe_load(anchor_recipe(folder).read_text()) for folder in used}
     learned = {(anchor["dataset"], anchor["split"]) for anchor in anchors.values()}
     asked = set()
     for recipe in conditions.values():
@@ -213,7 +233,7 @@ def test_nothing_is_learned_from_images_that_are_asked_about(comparison):
 
 def test_anchor_recipes_name_splits_that_exist():
     paths = sorted(RECIPES.glob("anchor_*.yaml"))
-    assert len(paths) == 2
+    assert len(paths) == 3
     for path in paths:
         recipe = AnchorRecipe(**read_recipe(path, option_types([AnchorRecipe])))
         assert (recipe.dataset, recipe.split) in SPLITS, path
@@ -225,8 +245,9 @@ def test_a_comparison_could_start(comparison):
     check_runnable(conditions, RECIPES / f"{comparison}.yaml")
     assert "naive" in conditions
     assert {recipe["anchor"] for recipe in conditions.values() if "anchor" in recipe} >= anchors.keys()
-    # Figures of drift and spectra compare all conditions.
-    assert {recipe["analysis_samples"] for recipe in conditions.values()} == {64}
+    # Figures of drift and spectra compare all conditions; the study has none.
+    expected = {None} if comparison == "study_embedded" else {64}
+    assert {recipe.get("analysis_samples") for recipe in conditions.values()} == expected
 
 
 def test_the_embedded_comparisons_share_their_settings():
@@ -266,7 +287,7 @@ def test_the_embedded_recipe_is_the_condition_of_the_comparison():
 @pytest.mark.parametrize(
     ("comparison", "condition"),
     [
-        pytest.param(comparison, name, marks=() if name in REPRESENTATIVE else pytest.mark.slow)
+        pytest.param(comparison, name, marks=() if (comparison, name) in REPRESENTATIVE else pytest.mark.slow)
         for comparison, names in EMBEDDED.items()
         for name in names
     ],
