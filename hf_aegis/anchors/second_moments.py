@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_aegis.anchors.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOptions
+from hf_aegis.functional.product_precision import full_precision_products
 from hf_aegis.functional.subspace import eigenpairs, nystrom_eigenpairs, rank_for_energy
 
 
@@ -66,8 +67,8 @@ class SecondMoments:
         """
         values = masked_values(vectors, mask).flatten(end_dim=-2)
         self.count += len(values) if mask is None else (mask != 0).sum().to(self.count.device)
-        # Under the caller's autocast the products would be in half precision.
-        with torch.autocast(values.device.type, enabled=False):
+        # The forward pass around this is in the precision that the caller chose; the sums are not.
+        with full_precision_products(values.device):
             if self.test_matrix is None:
                 self.products += values.mT @ values
             else:

@@ -12,6 +12,7 @@ from hf_aegis.anchors.prediction_gradients import PredictionGradients
 from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices, leading_basis, masked_values
 from hf_aegis.anchors.sensitivities import PairSensitivity
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.functional.product_precision import full_precision_products
 
 
 # Most numbers in the products of a chunk of samples: 128 MB in float32.
@@ -169,7 +170,7 @@ class PairProducts:
             shape = outputs.shape[-1], inputs.shape[-1]
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=outputs.device)
         chunk = max(1, _CHUNK_NUMBERS // self._sums[name].numel())
-        with torch.autocast(outputs.device.type, enabled=False):
+        with full_precision_products(outputs.device):
             for some_outputs, some_inputs in zip(outputs.split(chunk), inputs.split(chunk), strict=True):
                 self._sums[name] += torch.bmm(some_outputs.mT, some_inputs).square().sum(dim=0)
 
@@ -191,5 +192,5 @@ class PairProducts:
         values = masked_values(vectors, mask)
         if what not in self._placed:
             self._placed[what] = basis.to(values.device, values.dtype)
-        with torch.autocast(values.device.type, enabled=False):
+        with full_precision_products(values.device):
             return values @ self._placed[what]

@@ -1,12 +1,12 @@
 """One weight whose action on a subspace of its inputs is held."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_aegis.functional.product_precision import full_precision_products
 
 
 class HeldWeight:
@@ -121,7 +121,7 @@ class HeldWeight:
         \\(W U\\) `(rows, k)` or \\(V^\top W U\\) `(m, k)` in the basis's precision, whatever autocast and TF32 say:
         it is the difference between two of these that tells how far the weight has come.
         """
-        with torch.autocast(weight.device.type, enabled=False), _without_tf32(weight.device):
+        with full_precision_products(weight.device):
             action = weight.to(self.basis.dtype) @ self.basis
             if self.output_basis is None:
                 return action
@@ -166,16 +166,3 @@ def _own_rows(linear: nn.Module, whole: Tensor) -> Tensor:
         return whole.to(parameter.device)
     placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return placed.to_local().clone()
-
-
-@contextmanager
-def _without_tf32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision

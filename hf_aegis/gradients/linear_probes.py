@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from hf_aegis.functional.product_precision import full_precision_products
 from hf_aegis.gradients.held_pairs import HeldPairs
 from hf_aegis.gradients.linear_sites import LinearSite, orthonormal_basis
 
@@ -189,12 +190,13 @@ def _single(pairs: HeldPairs) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def _outputs(module: nn.Module, inputs: Tensor) -> Tensor:
     """
-    What a module makes of inputs, adapters included, in float32: two roundings to bfloat16 would hide small changes.
+    What a module makes of inputs, adapters included, in float32: two roundings to bfloat16, or products in TF32, would
+    hide small changes.
     """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wide = {name: _wide(value) for name, value in state.items()}
     device = next(iter(wide.values())).device
-    with torch.autocast(device.type, enabled=False):
+    with full_precision_products(device):
         return functional_call(module, wide, (inputs.to(device),))
 
 
