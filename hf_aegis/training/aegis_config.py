@@ -11,7 +11,7 @@ from hf_aegis.gradients.shield import DUAL_BACKWARDS
 
 
 PRESERVE = ("projection", "subspace", "both", "none")
-REFERENCES = ("transport", "replay")
+REFERENCES = ("transport", "replay", "replayed_transport")
 LAYER_PENALTIES = ("transport", "distillation")
 WEIGHT_PENALTIES = ("l2sp", "ewc")
 PENALTIES = (*LAYER_PENALTIES, "replay", *WEIGHT_PENALTIES)
@@ -32,7 +32,8 @@ class AEGISConfig(TrainingArguments):
             weights as they are, and without `penalties` trains as a plain `Trainer`.
         reference (`str`, *optional*, defaults to `"transport"`):
             What the reference gradient is of: `"transport"`, the anchor's penalty on the task batch (AEGIS), or
-            `"replay"`, the loss on a batch of the trainer's `replay_dataset` (as in A-GEM).
+            `"replay"`, the loss on a batch of the trainer's `replay_dataset` (as in A-GEM), or `"replayed_transport"`,
+            the anchor's penalty on such a batch, which tells what the penalty is worth on inputs that it describes.
         combiner (`str`, *optional*, defaults to `"one_sided"`):
             How the two are combined: `"one_sided"` removes from the task's gradient what opposes the reference
             (AEGIS; with a replay reference A-GEM); `"pcgrad"` and `"graddrop"`, for a replay reference, follow both.
@@ -197,13 +198,13 @@ class AEGISConfig(TrainingArguments):
     @property
     def needs_anchor(self) -> bool:
         """Whether training uses an anchor."""
-        transported = self.projects and self.reference == "transport"
+        transported = self.projects and self.reference != "replay"
         return transported or self.holds_subspaces or "transport" in (self.penalties or {})
 
     @property
     def needs_replay(self) -> bool:
         """Whether training uses a `replay_dataset`."""
-        replayed = self.projects and self.reference == "replay"
+        replayed = self.projects and self.reference != "transport"
         return replayed or not {"replay", "ewc"}.isdisjoint(self.penalties or {})
 
     def _check_composition(self) -> None:
@@ -223,13 +224,15 @@ class AEGISConfig(TrainingArguments):
                 f'preserve="{self.preserve}"',
                 *("reference", "combiner", "granularity", "penalty_scale", "projection_eps", "dual_backward"),
             )
-        elif self.reference == "transport":
+        elif self.reference != "replay":
+            if self.reference == "replayed_transport":
+                self._refuse_without_effect('reference="replayed_transport"', "penalty_scale", "dual_backward")
             if self.combiner != "one_sided":
                 raise ValueError(
                     f'combiner={self.combiner!r} needs reference="replay": the transport penalty says where not to '
                     "go, and is not followed itself"
                 )
-            if "replay" in (self.penalties or {}):
+            if self.reference == "transport" and "replay" in (self.penalties or {}):
                 raise ValueError(
                     'penalties: "replay" cannot be combined with the transport reference, whose statistics would mix '
                     'those of the replayed batch in; use preserve="none" with it, or reference="replay" instead of it'

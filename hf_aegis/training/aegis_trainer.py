@@ -402,7 +402,7 @@ def _because(args: AEGISConfig, name: str) -> str:
     """The argument that asks for `name`, as its user wrote it."""
     if args.holds_subspaces and name == "transport":
         return f'preserve="{args.preserve}"'
-    if args.projects and args.reference == name:
-        return f'preserve="{args.preserve}" with reference="{name}"'
+    if args.projects and args.reference in (name, "replayed_transport"):
+        return f'preserve="{args.preserve}" with reference="{args.reference}"'
     wanted = ("replay", "ewc") if name == "replay" else (name,)
     return f"penalties={ ({key: weight for key, weight in (args.penalties or {}).items() if key in wanted}) }"

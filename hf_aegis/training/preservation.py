@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,6 +152,9 @@ class Preservation:
         if args.reference == "replay":
             return ReplayShield(model, self._next_replay_loss, combiner=args.combiner, seed=args.seed, **options)
         assert anchor is not None
+        if args.reference == "replayed_transport":
+            transport = TransportLoss(model, anchor, layers=args.decoder_layers)
+            return ReplayShield(model, partial(self._next_replayed_penalty, transport), seed=args.seed, **options)
         return GradientShield(
             model,
             anchor,
@@ -162,6 +166,11 @@ class Preservation:
     def _next_replay_loss(self) -> Tensor:
         assert self._replay is not None
         return self._replay_loss(self._replay[self._number])
+
+    def _next_replayed_penalty(self, transport: TransportLoss) -> Tensor:
+        with transport.recording():
+            self._next_replay_loss()
+        return transport.value()
 
     def _fisher(self, model: nn.Module, args: AEGISConfig, weights: Mapping[str, Parameter]) -> dict[str, Tensor]:
         assert self._replay is not None
