@@ -40,7 +40,7 @@ TRAINING: dict[str, Any] = {
 ANCHORS: dict[str, dict[str, Any]] = {
     "easy_vqa": {"num_samples": 3000},
     # Two forward and two backward passes for each question, where the moments take one forward pass.
-    "easy_vqa_pairs": {"num_samples": 600, "subspaces": True, "sensitivity": True},
+    "easy_vqa_pairs": {"num_samples": 600, "subspaces": True, "subspace_energy": 1.0, "sensitivity": True},
 }
 CONDITIONS: dict[str, dict[str, Any]] = {
     "naive": {"preserve": "none"},
