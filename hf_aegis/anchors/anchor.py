@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_aegis.anchors.collection import collect_moments
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
-from hf_aegis.anchors.linear_inputs import LinearInputs
-from hf_aegis.anchors.merging import merged_moments, merged_subspaces, refuse_sensitivities
+from hf_aegis.anchors.merging import merged_statistics
 from hf_aegis.anchors.sensitivities import PairSensitivity, check_sensitivities
-from hf_aegis.anchors.sensitivity_collection import check_passes, collect_sensitivities
+from hf_aegis.anchors.statistics import collect_statistics
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions, check_groups
-from hf_aegis.anchors.token_kinds import MASK_POLICIES
 
 
 class ActivationAnchor:
@@ -155,52 +152,18 @@ class ActivationAnchor:
                 once in a forward pass, on one input per token, or predictions do not depend on one whose sensitivity
                 is asked for.
         """
-        if subspaces is not None and subspaces.sensitivity:
-            check_passes(batches)
-        stack = find_decoder_layers(model, layers)
-        # Before the long part, so that weights that cannot be hashed do not cost a whole collection.
-        description = describe_model(model, stack)
-        linear_inputs = None if subspaces is None else LinearInputs(model, stack, subspaces)
-        collected = collect_moments(
+        statistics = collect_statistics(
             model,
             batches,
-            stack,
+            layers=layers,
             moments=moments,
             tokens=tokens,
-            linear_inputs=linear_inputs,
+            subspaces=subspaces,
+            dataset_id=dataset_id,
             num_batches=num_batches,
             progress=progress,
         )
-        fingerprint = AnchorFingerprint(
-            **{
-                **description,
-                **describe_origin(model, stack),
-                "width": collected.mean.shape[-1],
-                "moments": moments,
-                "mask_policy": MASK_POLICIES[tokens],
-                "num_samples": collected.num_samples,
-                "num_tokens": collected.num_tokens,
-                "num_batches": collected.num_batches,
-                "dataset_id": dataset_id,
-                "subspace_options": subspaces,
-                "format_version": 1 if subspaces is None else subspaces.format_version,
-            }
-        )
-        found = None if linear_inputs is None else linear_inputs.subspaces(progress)
-        sensitivities = None
-        if subspaces is not None and subspaces.sensitivity:
-            assert found is not None
-            sensitivities = collect_sensitivities(
-                model,
-                batches,
-                stack,
-                found,
-                subspaces,
-                tokens=tokens,
-                num_batches=num_batches,
-                progress=progress,
-            )
-        return cls(collected.mean, collected.variance, fingerprint, found, sensitivities)
+        return cls(*statistics)
 
     @classmethod
     def merge(cls, anchors: Sequence["ActivationAnchor"]) -> "ActivationAnchor":
@@ -218,15 +181,7 @@ class ActivationAnchor:
             AnchorMismatchError: if they differ in model, data set or policy; every such field is named.
             ValueError: if there are none, or several with sensitivities.
         """
-        if not anchors:
-            raise ValueError("no anchors to merge")
-        refuse_sensitivities(anchors)
-        fingerprint = anchors[0].fingerprint
-        for anchor in anchors[1:]:
-            fingerprint = fingerprint.merged_with(anchor.fingerprint)
-        options = fingerprint.subspace_options
-        subspaces = None if options is None else merged_subspaces([anchor.subspaces for anchor in anchors], options)
-        return cls(*merged_moments(anchors), fingerprint, subspaces, anchors[0].sensitivities)
+        return cls(*merged_statistics(anchors))
 
     def check_compatible(
         self, model: nn.Module, *, layers: str | nn.ModuleList | None = None, check: str = "weights"

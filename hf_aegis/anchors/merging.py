@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_aegis.anchors.second_moments import leading_subspace
+from hf_aegis.anchors.statistics import AnchorStatistics
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.functional.moments import Moments, merge_moments
 from hf_aegis.functional.subspace import merge_eigenpairs
@@ -14,6 +15,25 @@ from hf_aegis.functional.subspace import merge_eigenpairs
 
 if TYPE_CHECKING:
     from hf_aegis.anchors.anchor import ActivationAnchor
+
+
+def merged_statistics(anchors: Sequence["ActivationAnchor"]) -> AnchorStatistics:
+    """
+    What [`ActivationAnchor.merge`] makes an anchor of.
+
+    Raises:
+        AnchorMismatchError: if they differ in model, data set or policy.
+        ValueError: if there are none, or several with sensitivities.
+    """
+    if not anchors:
+        raise ValueError("no anchors to merge")
+    refuse_sensitivities(anchors)
+    fingerprint = anchors[0].fingerprint
+    for anchor in anchors[1:]:
+        fingerprint = fingerprint.merged_with(anchor.fingerprint)
+    options = fingerprint.subspace_options
+    subspaces = None if options is None else merged_subspaces([anchor.subspaces for anchor in anchors], options)
+    return AnchorStatistics(*merged_moments(anchors), fingerprint, subspaces, anchors[0].sensitivities)
 
 
 def merged_moments(anchors: Sequence["ActivationAnchor"]) -> tuple[Tensor, Tensor]:
