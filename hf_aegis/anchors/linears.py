@@ -25,7 +25,7 @@ def named_linears(model: nn.Module, layers: nn.ModuleList, *, copies: bool = Fal
             Its decoder layers.
         copies (`bool`, *optional*, defaults to `False`):
             A module that PEFT copied for training (`modules_to_save`) counts as its copies, so that a name can occur
-            more than once, rather than as the original.
+            more than once, rather than as the original; first the copy that runs.
 
     Yields:
         `tuple[str, nn.Module]`: the name and what the model calls there: the layer, or what is wrapped around it. It
@@ -120,8 +120,9 @@ def _walk(
     """A module and those inside, but for `without` and what is in there, under names without wrappers."""
     trained = getattr(module, "modules_to_save", None)
     if copies and isinstance(trained, nn.ModuleDict):
-        for copy in trained.values():
-            yield from _walk(copy, path, without, copies)
+        active = getattr(module, "active_adapters", ())
+        for name in sorted(trained, key=lambda name: name not in active):
+            yield from _walk(trained[name], path, without, copies)
         return
     yield path, module
     for name, child in base_module(module).named_children():

@@ -82,7 +82,7 @@ class LinearProbes:
     Samples inputs of held linears while the model runs, and remembers their outputs.
 
     Args:
-        sites (`Mapping[str, Sequence[LinearSite]]`): The linears, by name.
+        sites (`Mapping[str, Sequence[LinearSite]]`): The linears, by name; the first of each runs.
         subspaces (`Sequence[InputSubspace]`): Their subspaces.
         ranks (`Mapping[str, int]`): How many directions of the subspace count as inside, for each linear.
         pairs (`Mapping[str, HeldPairs]`): Where single pairs count as inside in place of whole directions.

@@ -107,7 +107,8 @@ def sites_by_name(
     The linears that subspaces are for.
 
     Returns:
-        `dict[str, list[LinearSite]]`: By name, in the subspaces' order; more than one where PEFT made copies.
+        `dict[str, list[LinearSite]]`: By name, in the subspaces' order; where PEFT made copies, all of them,
+        first the one that runs.
 
     Raises:
         ValueError: If the model lacks one of the linears, or its inputs have another width than the subspace.

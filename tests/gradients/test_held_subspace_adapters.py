@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_aegis.anchors import InputSubspace
 from hf_aegis.gradients import HeldSubspace
+from hf_aegis.gradients.linear_sites import find_linear_sites
 
 
 RANK, WIDTH = 5, 16
@@ -123,6 +124,16 @@ def test_copies_that_peft_trains_are_held():
     train(model, held)
     change = wrapper.modules_to_save["default"][0].weight.detach() - start
     assert (change @ basis_of(len(NAMES))).norm() < 1e-4 * change.norm()
+
+
+def test_the_copy_that_runs_comes_first():
+    model = adapted(modules_to_save=["projector"])
+    model.add_adapter("other", model.peft_config["default"])
+    copies = model.get_base_model().projector.modules_to_save
+    for running, idle in (("default", "other"), ("other", "default")):
+        model.set_adapter(running)
+        found = [site.module for site in find_linear_sites(model) if site.name == "projector.0"]
+        assert [id(module) for module in found] == [id(copies[running][0]), id(copies[idle][0])]
 
 
 def test_adapters_without_subspace_are_refused():
