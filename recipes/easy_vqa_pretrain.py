@@ -39,7 +39,7 @@ from transformers import (
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip import SiglipImageProcessorPil
 
-from hf_aegis.cli.recipe import check_values, option_types, read_recipe
+from hf_aegis.cli.recipe import check_values, option_types, read_recipe, require_keys
 from hf_aegis.data.vqa import VQA_PROMPT, VQACollator, VQASample, load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 
@@ -86,18 +86,12 @@ class PretrainConfig:
         """
         path = Path(path)
         raw = read_recipe(path, option_types([cls]) | dict.fromkeys(STAGES, dict[str, Any]))
-        _require(cls, raw, str(path))
+        require_keys(cls, raw, str(path))
         for name in STAGES:
             where = f"{path}: {name}"
-            _require(StageConfig, check_values(raw[name], option_types([StageConfig]), where), where)
+            require_keys(StageConfig, check_values(raw[name], option_types([StageConfig]), where), where)
             raw[name] = StageConfig(**raw[name])
         return cls(**raw)
-
-
-def _require(dataclass_type: type, values: dict[str, Any], where: str) -> None:
-    required = [field.name for field in dataclasses.fields(dataclass_type) if field.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in values]:
-        raise ValueError(f"{where}: missing keys {missing}")
 
 
 def build_processor(config: PretrainConfig, samples: list[VQASample]) -> PaliGemmaProcessor:

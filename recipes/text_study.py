@@ -46,7 +46,7 @@ from hf_aegis.atomic_files import replacing, write_text
 from hf_aegis.cli.comparison import refuse_other_settings
 from hf_aegis.cli.parent_process import PARENT_VARIABLE, end_with_parent
 from hf_aegis.cli.processes import available_cores
-from hf_aegis.cli.recipe import check_values, option_types, read_recipe
+from hf_aegis.cli.recipe import check_values, option_types, read_recipe, require_keys
 from hf_aegis.reports.machine_paths import without_machine_paths
 from hf_aegis.reports.results_table import (
     FAILURES_FILE,
@@ -120,10 +120,10 @@ class StudyConfig:
         path = Path(path)
         parts = {"corpora": CorporaConfig, "anchor": AnchorConfig}
         raw = read_recipe(path, option_types([cls]) | dict.fromkeys(parts, dict[str, Any]))
-        _require(cls, raw, str(path))
+        require_keys(cls, raw, str(path))
         for name, part in parts.items():
             where = f"{path}: {name}"
-            _require(part, check_values(raw[name], option_types([part]), where), where)
+            require_keys(part, check_values(raw[name], option_types([part]), where), where)
             raw[name] = part(**raw[name])
         fields = option_types([AEGISConfig])
         for name in ("pretraining", "training"):
@@ -157,12 +157,6 @@ class StudyConfig:
 
     def to_dict(self, *left_out: str) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
-
-
-def _require(dataclass_type: type, values: Mapping[str, Any], where: str) -> None:
-    required = [field.name for field in dataclasses.fields(dataclass_type) if field.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in values]:
-        raise ValueError(f"{where}: missing keys {missing}")
 
 
 def make_arguments(folder: Path, seed: int, **fields: Any) -> AEGISConfig:

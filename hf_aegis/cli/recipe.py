@@ -129,6 +129,20 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def require_keys(dataclass_type: type, values: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: If `values` lacks fields of the dataclass that have no default; they are named, after `where`.
+    """
+    required = [
+        field.name
+        for field in dataclasses.fields(dataclass_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{where}: missing keys {missing}")
+
+
 def check_values(values: Any, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     The values of a recipe, or of a part of one, after their keys and types are checked.

@@ -177,7 +177,7 @@ def command_of(recipe):
     for prefixes, command in (
         (("anchor_",), ["anchor"]),
         (("libero_",), ["data", "record-libero"]),
-        (("compare_", "ablations_", "study_"), ["compare"]),
+        (("compare_", "ablations_", "why_", "study_"), ["compare"]),
     ):
         if recipe.name.startswith(prefixes):
             return command
