@@ -58,6 +58,7 @@ REPRESENTATIVE = {
 SPLITS = {
     ("easy-vqa", "train"): "easy-VQA train",
     ("easy-vqa", "test"): "easy-VQA test",
+    ("demonstrations", "train"): "embedded demonstrations",
     ("lmms-lab/VQAv2", "validation"): "COCO val2014",
     ("lmms-lab/VQAv2", "testdev"): "COCO test2015",
     ("lmms-lab/VQAv2", "test"): "COCO test2015",
