@@ -148,9 +148,10 @@ def test_adapters_do_nothing_on_the_subspaces(make_language_model, trainer):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_resumed_training_holds_what_an_uninterrupted_one_does(trainer, tmp_path, steps):
+def test_a_resumed_training_holds_what_an_uninterrupted_one_does(trainer, other_sequences, tmp_path, steps):
     # After step 3 the subspaces are restored because it is saved, and then after steps 4 and 6.
     saved = {"save_strategy": "steps", "save_steps": 3, "subspace_steps": steps}
+    saved |= {"certificate_batches": other_sequences[:1], "certificate_steps": 2}
     whole = trainer(output_dir=str(tmp_path / "whole"), **saved)
     whole.train()
     begun = trainer(max_steps=3, output_dir=str(tmp_path / "parts"), **saved)
@@ -159,6 +160,13 @@ def test_a_resumed_training_holds_what_an_uninterrupted_one_does(trainer, tmp_pa
     resumed.train(resume_from_checkpoint=True)
     for (name, one), (_, two) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
+    certified = {
+        name: [json.loads(line) for line in (tmp_path / name / CERTIFICATE_FILE).read_text().splitlines()]
+        for name in ("whole", "parts")
+    }
+    # The part that came first measured its own end, too.
+    assert [line["step"] for line in certified["parts"]] == [2, 3, 4, 6]
+    assert [line for line in certified["parts"] if line["step"] != 3] == certified["whole"]
 
 
 def test_what_is_saved_is_held(trainer, make_language_model, tmp_path):
