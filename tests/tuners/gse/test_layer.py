@@ -208,7 +208,7 @@ def test_a_weight_without_the_rank_is_named(one_layer):
 
 
 def test_it_compiles_in_one_graph(one_layer):
-    model, layer = one_layer(gaussian(20, 30), r=11, num_experts=4)
+    _, layer = one_layer(gaussian(20, 30), r=11, num_experts=4)
     inputs = gaussian(9, 30, seed=1)
     expected = layer(inputs)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -216,7 +216,7 @@ def test_it_compiles_in_one_graph(one_layer):
 
 
 def test_ranks_of_the_experts_fill_the_stack(one_layer):
-    model, layer = one_layer(gaussian(20, 30), r=11, num_experts=4)
+    _, layer = one_layer(gaussian(20, 30), r=11, num_experts=4)
     assert expert_ranks(11, 4) == [3, 3, 3, 2]
     assert layer.gse_A["default"].shape == (11, 30)
     assert layer.gse_scaling["default"].shape == (4,)
