@@ -108,5 +108,5 @@ def test_registering_again_changes_nothing_and_another_by_that_name_is_refused()
     class Other(GSEModel):
         pass
 
-    with pytest.raises(ValueError, match="PEFT has a method with the name .*GSE"):
+    with pytest.raises(ValueError, match=r"PEFT has a method with the name .*GSE"):
         register_tuner(GSEConfig, Other)

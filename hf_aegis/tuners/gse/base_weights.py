@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 
 from hf_aegis.anchors.weight_hash import hash_tensors
@@ -30,7 +30,7 @@ def hash_base_weights(layers: Mapping[str, nn.Module]) -> str | None:
     if any(weight.is_meta for weight in weights):
         return None
     return hash_tensors(
-        {f"{name}.weight": partial(_weight, layers[name]) for name in sorted(layers)},
+        {f"{name}.weight": partial(decoded_weight, layers[name]) for name in sorted(layers)},
         description="Hashing base weights",
         progress=sum(weight.numel() for weight in weights) >= _PROGRESS_FROM_ELEMENTS,
     )
@@ -59,5 +59,10 @@ def check_base_weights(layers: Mapping[str, nn.Module], config: GSEConfig) -> No
         )
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def decoded_weight(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as it is stored, decoded where it is quantised, and without gradient."""
+    weight: Any = layer.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        # Not by dequantize_module_weight: it replaces an 8-bit layer's weight, which breaks one that ran before.
+        return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach()
     return dequantize_module_weight(layer).detach()

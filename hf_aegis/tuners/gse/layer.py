@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +18,7 @@ from hf_aegis.functional.spectral_experts import (
     spread_over_ranks,
 )
 from hf_aegis.functional.truncated_svd import truncated_svd
+from hf_aegis.tuners.gse.base_weights import decoded_weight
 from hf_aegis.tuners.gse.config import GSEConfig
 from hf_aegis.tuners.gse.routing_log import RoutingLog
 
@@ -71,7 +71,7 @@ class GSELayer(BaseTunerLayer):
     def base_weight(self) -> Tensor:
         """The base layer's weight `(out_features, in_features)`, decoded where it is quantised."""
         base = self.get_base_layer()
-        weight = dequantize_module_weight(base).detach()
+        weight = decoded_weight(base)
         return weight.mT if isinstance(base, Conv1D) else weight
 
     def update_layer(self, adapter_name: str, config: GSEConfig) -> None:

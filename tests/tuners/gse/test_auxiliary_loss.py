@@ -139,7 +139,7 @@ def test_gradient_checkpointing_changes_nothing(make_llama, adapted):
 def test_reentrant_checkpointing_is_refused(make_llama, adapted):
     model = checkpointed(make_llama, adapted, reentrant=True)
     model(**make_batch())
-    with pytest.raises(RuntimeError, match='ran without gradients.*"use_reentrant": False'):
+    with pytest.raises(RuntimeError, match=r'ran without gradients.*"use_reentrant": False'):
         model.get_auxiliary_loss()
     with torch.no_grad():
         assert model.get_auxiliary_loss() > 0

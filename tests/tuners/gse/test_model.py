@@ -122,7 +122,7 @@ def test_what_is_refused(adapted, make_network):
     with pytest.raises(ValueError, match=r"adapter_names, .* set_adapter\(\)"):
         model(torch.ones(2, 24), adapter_names=["default", "__base__"])
     embedding = nn.Sequential(nn.Embedding(24, 24))
-    with pytest.raises(ValueError, match="0 is a Embedding; only torch.nn.Linear, transformers' Conv1D and bits"):
+    with pytest.raises(ValueError, match=r"0 is a Embedding; only torch.nn.Linear, transformers' Conv1D and bits"):
         adapted(embedding, GSEConfig(target_modules=["0"]))
 
 
