@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_aegis.anchors.fingerprint import MOMENTS_POLICIES, decoder_config
 from hf_aegis.anchors.linear_inputs import LinearInputs
 from hf_aegis.anchors.token_kinds import check_tokens, find_image_token_id, select_tokens
 from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
+from hf_aegis.hooks import removed_afterwards
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,12 @@ class LayerMoments:
         self.num_samples = 0
         self._moments: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Keeps the hooks on the layers for the duration of the block, whatever happens in it."""
-        handles = [
+        return removed_afterwards(
             layer.register_forward_hook(lambda _layer, _inputs, output, index=index: self._observe(index, output))
             for index, layer in enumerate(self.layers)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
     def start_batch(self, mask: Tensor | None) -> None:
         """Forgets the last batch; `mask` `(B, T)` is the next one's."""

@@ -1,7 +1,6 @@
 """Hooks that reduce the inputs of linear layers to their second moments, and find out which layers share an input."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 from hf_aegis.anchors.linears import LAYERS_PREFIX, find_linears
 from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices
 from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.hooks import removed_afterwards
 
 
 class LinearInputs:
@@ -47,20 +47,14 @@ class LinearInputs:
         """Whether a module is one of the linear layers."""
         return any(linear is module for linear in self.linears.values())
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Keeps the hooks on the linear layers for the duration of the block, whatever happens in it."""
-        handles = [
+        return removed_afterwards(
             module.register_forward_pre_hook(
                 lambda _module, args, kwargs, name=name: self._observe(name, *args, **kwargs), with_kwargs=True
             )
             for name, module in self.linears.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
     def start_batch(self, mask: Tensor | None) -> None:
         """Forgets the last batch's inputs; `mask` `(B, T)` is the next one's."""

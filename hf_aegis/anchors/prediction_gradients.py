@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import decoder_config
 from hf_aegis.anchors.token_kinds import find_image_token_id, select_tokens
 from hf_aegis.functional.gauss_newton import predictive_cotangent
+from hf_aegis.hooks import removed_afterwards
 
 
 # What a causal-LM loss leaves out.
@@ -165,8 +166,7 @@ class PredictionGradients:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.randn(like.shape, generator=self._generators[like.device], dtype=dtype, device=like.device)
 
-    @contextmanager
-    def _attached(self, observer: LinearObserver) -> Iterator[None]:
+    def _attached(self, observer: LinearObserver) -> AbstractContextManager[None]:
         def observe(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name in self._ran:
                 raise ValueError(f"linear layer {name} ran twice for one batch: turn activation checkpointing off")
@@ -187,15 +187,10 @@ class PredictionGradients:
             start.register_hook(passed)
             return start
 
-        handles = [
+        return removed_afterwards(
             module.register_forward_hook(partial(observe, name), with_kwargs=True)
             for name, module in self.linears.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
 
 def _counting_predictions(labels: Tensor | None, inputs: Mapping[str, Any]) -> Tensor | None:

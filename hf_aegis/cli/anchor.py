@@ -1,9 +1,12 @@
-"""`hf-aegis anchor`: collect the activation anchor of a vision-language model on questions about images."""
+"""
+`hf-aegis anchor`: collect the activation anchor of a vision-language model, on questions about images or, to measure
+how far statistics drift on the robot's own inputs, on demonstrations.
+"""
 
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from hf_aegis.data.vqa import VQASample
 
 EMBEDDED = "embedded"
+DEMONSTRATIONS = "demonstrations"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,7 +39,11 @@ class AnchorRecipe:
     attn_implementation: str = _option("eager", "attention implementation; training must use the same")
     dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of the weights")
     device: str = _option("auto", "torch device; 'auto' takes the GPU where there is one")
-    dataset: str = _option("easy-vqa", "'easy-vqa', a Hub id, or a folder; as of `hf-aegis eval-vqa`")
+    dataset: str = _option(
+        "easy-vqa",
+        "'easy-vqa', a Hub id, or a folder, as of `hf-aegis eval-vqa`; or what a robot sees and is told: a LIBERO "
+        "HDF5 file, or 'demonstrations' for the embedded ones",
+    )
     split: str = _option("train", "split of the dataset; keep it apart from what you evaluate on")
     image_column: str | None = _option(None, "column with the image (default: as common mirrors call it)")
     question_column: str | None = _option(None, "column with the question (default: as common mirrors call it)")
@@ -107,13 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from hf_aegis.anchors import ActivationAnchor
     from hf_aegis.assets import EMBEDDED_VLM
-    from hf_aegis.data.vqa import VQACollator
 
     # Registers the model with an action expert: its language model can be anchored as well.
     importlib.import_module("hf_aegis.models")
     # A wrong option should not cost the loading of a large model first.
-    samples = _samples(recipe)
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
+    processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
+    samples, collate = _demonstrations(recipe, processor) if _of_robots(recipe) else _questions(recipe, processor)
     device = resolve_device(recipe.device)
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         source,
@@ -122,7 +130,6 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, recipe.dtype),
     )
     model.to(device)
-    collate = VQACollator(AutoProcessor.from_pretrained(source, revision=recipe.revision))
     # Samples only have a length and items, which is all that a DataLoader needs of a data set.
     batches: DataLoader[Any] = DataLoader(samples, batch_size=recipe.batch_size, collate_fn=collate)  # type: ignore[arg-type]
     anchor = ActivationAnchor.collect(
@@ -159,7 +166,12 @@ def subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
     )
 
 
-def _samples(recipe: AnchorRecipe) -> Sequence["VQASample"]:
+def _of_robots(recipe: AnchorRecipe) -> bool:
+    return recipe.dataset == DEMONSTRATIONS or recipe.dataset.endswith(".hdf5")
+
+
+def _questions(recipe: AnchorRecipe, processor: Any) -> tuple[Sequence["VQASample"], Callable[[list[Any]], Any]]:
+    from hf_aegis.data.vqa import VQACollator
     from hf_aegis.data.vqa_sources import load_vqa
 
     columns = {
@@ -168,9 +180,37 @@ def _samples(recipe: AnchorRecipe) -> Sequence["VQASample"]:
         if (column := getattr(recipe, f"{field}_column")) is not None
     }
     samples = load_vqa(recipe.dataset, recipe.split, recipe.num_samples, recipe.seed, columns=columns or None)
-    if len(samples) != recipe.num_samples:
+    _check_number(recipe, len(samples))
+    return samples, VQACollator(processor)
+
+
+def _demonstrations(recipe: AnchorRecipe, processor: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:
+    import torch
+    from torch.utils.data import Subset
+
+    from hf_aegis import assets
+    from hf_aegis.data import LiberoDataset
+    from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowProcessor
+
+    path = assets.DEMONSTRATIONS if recipe.dataset == DEMONSTRATIONS else recipe.dataset
+    dataset = LiberoDataset(path, chunk_size=1, split=recipe.split)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    chosen = torch.randperm(len(dataset), generator=generator)[: recipe.num_samples].tolist()
+    _check_number(recipe, len(chosen))
+    collate = PaliGemmaFlowCollator(
+        PaliGemmaFlowProcessor.from_vlm_processor(processor, statistics=dataset.statistics, cameras=dataset.cameras)
+    )
+
+    def prefix(items: list[Any]) -> dict[str, torch.Tensor]:
+        batch = collate(items)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return {name: batch[name] for name in names} | {"pixel_values": batch["pixel_values"].flatten(0, 1)}
+
+    return Subset(dataset, chosen), prefix  # type: ignore[return-value]
+
+
+def _check_number(recipe: AnchorRecipe, found: int) -> None:
+    if found != recipe.num_samples:
         raise ValueError(
-            f"{recipe.dataset}, split {recipe.split!r}, gave {len(samples)} samples, "
-            f"but num_samples is {recipe.num_samples}"
+            f"{recipe.dataset}, split {recipe.split!r}, gave {found} samples, but num_samples is {recipe.num_samples}"
         )
-    return samples

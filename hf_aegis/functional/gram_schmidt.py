@@ -25,6 +25,27 @@ def one_sided_coefficient(dot: Tensor, reference_squared_norm: Tensor, eps: floa
     return torch.where(torch.isfinite(dot) & torch.isfinite(alpha) & (dot < 0), alpha, torch.zeros_like(alpha))
 
 
+def restoring_coefficient(task_squared_norm: Tensor, reference_squared_norm: Tensor, share: float) -> Tensor:
+    r"""
+    The multiple of the reference direction that makes up a `share` \\(\kappa\\) of the task gradient's length.
+
+    With \\(\alpha = -\kappa \lVert g \rVert / \lVert r \rVert\\), \\(g - \alpha r\\) also descends along \\(r\\):
+    after a one-sided projection its inner product with \\(r\\) is at least
+    \\(\kappa \lVert g \rVert \lVert r \rVert\\). The scale of \\(r\\) has no part in it.
+
+    Args:
+        task_squared_norm, reference_squared_norm (`torch.Tensor`): Squared norms, one shape.
+        share (`float`): \\(\kappa \ge 0\\).
+
+    Returns:
+        `torch.Tensor`: \\(\alpha \le 0\\), of the same shape; zero where the reference is zero, or either is not
+        finite.
+    """
+    # One root each: the quotient of two squared norms would leave float32's range.
+    alpha = -share * task_squared_norm.sqrt() / reference_squared_norm.sqrt()
+    return torch.where(torch.isfinite(alpha), alpha, torch.zeros_like(alpha))
+
+
 def shed_energy(dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor, alpha: Tensor) -> Tensor:
     r"""
     Share of the task gradient's energy that the projection removes, \\(1 - \lVert g' \rVert^2 / \lVert g \rVert^2\\).

@@ -6,6 +6,7 @@ And the held subspace: linear layers that go on acting on anchored inputs as the
 Knows no robots and no particular model: it works on any Hugging Face decoder whose layers can be found.
 """
 
+from hf_aegis.gradients.adam_metric import AdamMetric
 from hf_aegis.gradients.certificate import Certificate, CertificateReport
 from hf_aegis.gradients.combiners import (
     COMBINERS,
@@ -32,10 +33,12 @@ from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.replay import ReplayShield
 from hf_aegis.gradients.shield import GradientShield
+from hf_aegis.gradients.update_projection import UpdateProjection
 
 
 __all__ = [
     "COMBINERS",
+    "AdamMetric",
     "Certificate",
     "CertificateReport",
     "Combiner",
@@ -64,6 +67,7 @@ __all__ = [
     "SharedRecompute",
     "TransportLoss",
     "TransportPenalty",
+    "UpdateProjection",
     "fisher_diagonal",
     "freeze_unheld",
     "make_combiner",

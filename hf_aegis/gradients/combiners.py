@@ -5,6 +5,7 @@ What the reference is (a penalty's gradient, a replayed batch's gradient) is no 
 are combined is no concern of whatever supplies the reference.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_aegis.functional.gradient_surgery import drop_by_sign, pcgrad_coefficients
-from hf_aegis.functional.gram_schmidt import one_sided_coefficient
+from hf_aegis.functional.gram_schmidt import one_sided_coefficient, restoring_coefficient
 from hf_aegis.functional.inner_product import inner_product
 
 
@@ -97,15 +98,24 @@ class OneSidedGramSchmidt:
 
     Args:
         eps (`float`, *optional*, defaults to `1e-12`): Damping of the denominator, positive.
+        restoring (`float`, *optional*, defaults to `0.0`):
+            Adds the reference gradient at this share of the task gradient's length, whether or not the two conflict.
+            Published is 0: what is lost is never sought again.
     """
 
     symmetric = False
 
-    def __init__(self, eps: float = 1e-12) -> None:
+    def __init__(self, eps: float = 1e-12, restoring: float = 0.0) -> None:
+        if not 0 <= restoring < math.inf:
+            raise ValueError(f"restoring must be finite and not negative, found {restoring}")
         self.eps = _positive(eps)
+        self.restoring = restoring
 
     def __call__(self, dot: Tensor, task_squared_norm: Tensor, reference_squared_norm: Tensor) -> Tensor:
-        return one_sided_coefficient(dot, reference_squared_norm, self.eps)
+        alpha = one_sided_coefficient(dot, reference_squared_norm, self.eps)
+        if self.restoring:
+            alpha = alpha + restoring_coefficient(task_squared_norm, reference_squared_norm, self.restoring)
+        return alpha
 
     def combine(
         self,

@@ -17,6 +17,7 @@ from hf_aegis.gradients.forward_pass import hidden_output
 from hf_aegis.gradients.recompute import AmbientState
 from hf_aegis.gradients.reference import TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
+from hf_aegis.hooks import removed_afterwards
 
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class TransportLoss:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The forward pass with gradients in this block is the one whose loss `value()` is."""
-        with _removed_afterwards(self._recorder.attach()):
+        with removed_afterwards(self._recorder.attach()):
             yield
 
     def value(self) -> Tensor:
@@ -172,7 +173,7 @@ class DistillationLoss:
         """The forward pass with gradients in this block is the one whose loss `value()` is."""
         self._call = None
         hook = self._student.register_forward_pre_hook(self._keep_call, with_kwargs=True)
-        with _removed_afterwards([hook, *self._recorder.attach()]):
+        with removed_afterwards([hook, *self._recorder.attach()]):
             yield
 
     def value(self) -> Tensor:
@@ -189,7 +190,7 @@ class DistillationLoss:
                 terms[index] = masked_mean_square(outputs[index][0], hidden_output(output), outputs[index][1])
 
         hooks = [layer.register_forward_hook(partial(compare, i)) for i, layer in enumerate(self._teacher_layers)]
-        with _removed_afterwards(hooks), ambient.restored(), torch.no_grad():
+        with removed_afterwards(hooks), ambient.restored(), torch.no_grad():
             self.teacher(*args, **kwargs)
         return torch.stack([terms[index].to(terms[0].device) for index in range(len(terms))]).mean()
 
@@ -227,12 +228,3 @@ def masked_mean_square(hidden: Tensor, target: Tensor, mask: Tensor | None) -> T
     keep = (mask != 0).to(hidden.device)
     difference = difference.masked_fill(~keep.unsqueeze(-1), 0.0)
     return difference.square().sum() / (keep.sum().clamp(min=1) * hidden.shape[-1])
-
-
-@contextmanager
-def _removed_afterwards(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -45,11 +45,26 @@ class GradientProjector:
         group_of (`Callable[[str], str]`): The layer-wise group of a parameter's name.
         granularity (`"layer"`, `"global"` or `"tensor"`): Project each group, all as one vector, or each tensor.
         combiner ([`Combiner`]): Gives α from a group's scalars.
+        metric (`Callable[[str], Tensor | None]`, *optional*):
+            Gives, by a parameter's name, the positive weights of its elements in inner products and norms, where they
+            are not all one.
+        on_reference (`Callable[[str, str, Tensor], None]`, *optional*):
+            Called for each parameter with what is projected as one vector with it, its name, and its reference
+            direction, once that has done its work here.
     """
 
-    def __init__(self, group_of: Callable[[str], str], granularity: Granularity, combiner: Combiner) -> None:
+    def __init__(
+        self,
+        group_of: Callable[[str], str],
+        granularity: Granularity,
+        combiner: Combiner,
+        metric: Callable[[str], Tensor | None] | None = None,
+        on_reference: Callable[[str, str, Tensor], None] | None = None,
+    ) -> None:
         self.combiner = combiner
         self.granularity = granularity
+        self._metric = metric
+        self._on_reference = on_reference
         self._group_of = group_of
         self._references: dict[str, Tensor] = {}
         self._pending: dict[str, set[str]] = defaultdict(set)
@@ -81,15 +96,17 @@ class GradientProjector:
         """Notes the scalars of this backward pass's task gradient, before it is accumulated."""
         if gradient.is_sparse:
             raise NotImplementedError(f"{name} has a sparse gradient; train it with `sparse=False`, or freeze it")
-        squared = inner_product(gradient, gradient)
+        weight = None if self._metric is None else self._metric(name)
+        weighted = gradient if weight is None else gradient * weight
+        squared = inner_product(gradient, weighted)
         reference = self._references.get(name)
         if reference is None:
             zero = torch.zeros_like(squared)
             self._scalars[self.unit(name)].append((zero, squared, zero))
             return
-        self._scalars[self.unit(name)].append(
-            (inner_product(gradient, reference), squared, inner_product(reference, reference))
-        )
+        dot = inner_product(weighted, reference)
+        weighted = reference if weight is None else reference * weight
+        self._scalars[self.unit(name)].append((dot, squared, inner_product(reference, weighted)))
 
     def watch(self, name: str, gradient: Tensor) -> None:
         """Notes the norm of a gradient that is not projected."""
@@ -147,6 +164,8 @@ class GradientProjector:
             reference = self._references.pop(name, None)
             if reference is not None and parameter.grad is not None:
                 _bend(parameter.grad, reference, alpha)
+                if self._on_reference is not None:
+                    self._on_reference(unit, name, reference)
 
 
 def unit_of(name: str, group: str, granularity: Granularity) -> str:

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
-from hf_aegis.gradients.combiners import OneSidedGramSchmidt
+from hf_aegis.gradients.combiners import Combiner, OneSidedGramSchmidt
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_output
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
@@ -83,6 +83,8 @@ class GradientShield:
             Weight λ of the transport penalty.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
             Damping of the projection's denominator.
+        restoring (`float`, *optional*, defaults to `0.0`):
+            Adds the reference direction at this share of the task gradient's length; see [`OneSidedGramSchmidt`].
         variance_eps (`float`, *optional*, defaults to `1e-6`):
             Added to variances under the square root.
         layers (`str` or `torch.nn.ModuleList`, *optional*):
@@ -98,6 +100,13 @@ class GradientShield:
             Called for each parameter with both, before it is projected: with its layer-wise group, this backward
             pass's task gradient, and the reference direction. `None` by default. They are not copies: they must be
             neither changed nor kept.
+        metric (`Callable[[str], Tensor | None]`, *optional*):
+            Weights of a parameter's elements, by its name, in inner products and norms, those of the report included;
+            see [`AdamMetric`]. `None` by default: all count alike.
+        combiner ([`Combiner`]): Gives α.
+        on_reference (`Callable[[str, str, Tensor], None]`, *optional*):
+            Called for each parameter that has a task gradient with the name of what is projected as one vector with
+            it, its own, and this backward pass's reference direction, which may be kept. `None` by default.
 
     Raises:
         ValueError: If an option is unknown, the layers are not found, or the anchor has another shape.
@@ -119,6 +128,7 @@ class GradientShield:
         granularity: Granularity = "layer",
         penalty_scale: float = 1.0,
         projection_eps: float = 1e-12,
+        restoring: float = 0.0,
         variance_eps: float = DEFAULT_EPS,
         layers: str | nn.ModuleList | None = None,
         drop_non_finite: bool = True,
@@ -140,8 +150,10 @@ class GradientShield:
         self.drop_non_finite = drop_non_finite
         self.report: ProjectionReport | None = None
         self.observer: Callable[[str, Tensor, Tensor], None] | None = None
+        self.metric: Callable[[str], Tensor | None] | None = None
+        self.on_reference: Callable[[str, str, Tensor], None] | None = None
         self._penalty: ReferencePenalty = TransportPenalty(anchor, penalty_scale, variance_eps)
-        self._combiner = OneSidedGramSchmidt(projection_eps)
+        self.combiner: Combiner = OneSidedGramSchmidt(projection_eps, restoring)
         self._groups: ParameterGroups | None = None
         self._groups_key: tuple[int, ...] = ()
         self._projector: GradientProjector | None = None
@@ -268,7 +280,9 @@ class GradientShield:
         assert self._groups is not None
         self.report = None
         self._backward_passes += 1
-        self._projector = GradientProjector(self._groups.group_of, self.granularity, self._combiner)
+        self._projector = GradientProjector(
+            self._groups.group_of, self.granularity, self.combiner, self.metric, self.on_reference
+        )
         for forward in self._passes:
             for record in forward.layers.values():
                 self._projector.expect(record.parameters)

@@ -16,7 +16,7 @@ from hf_aegis.reports.neuron_cosine_figures import plot_neuron_cosines
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
 from hf_aegis.reports.style import REFERENCES, condition_panels, condition_styles, split_ablations
-from hf_aegis.reports.trade_off import plot_trade_off, plottable
+from hf_aegis.reports.trade_off import STEP_TIME, plot_trade_off, plottable
 from hf_aegis.reports.training_curves import (
     SeedRuns,
     logged_curves,
@@ -79,6 +79,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
     for names, suffix, of_what in ((methods, "", ""), (ablations, "_ablations", ": variants of AEGIS")):
         if names:
             yield f"trade_off{suffix}", f"Retention against plasticity{of_what}", partial(_trade_off, material, names)
+            yield f"cost{suffix}", f"Retention against the time of a step{of_what}", partial(_cost, material, names)
             yield f"vqa{suffix}", f"Question answering during training{of_what}", partial(_vqa, material, names)
             yield f"flow{suffix}", f"Flow loss during training{of_what}", partial(_flow, material, names)
     yield "gradient_spectra", "Spectra of the two losses' gradients", partial(_spectra, material)
@@ -109,6 +110,18 @@ def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str
             else "There is one run of each, so a difference may be chance.",
             *(["The dotted line is the model before fine-tuning."] if before else []),
         ]
+    )
+
+
+def _cost(material: Material, conditions: Sequence[str], path: Path) -> str:
+    found = plottable(material.results["conditions"], STEP_TIME)
+    names = [name for name in conditions if name in found]
+    if not names:
+        raise MissingDataError("no finished run has both a VQA accuracy and the time of a step in its result.json.")
+    plot_trade_off(material.results["conditions"], names, material.results["before"], path, STEP_TIME)
+    return (
+        "The same upwards; to the right, the median time of an optimiser step. Times are comparable as far as the "
+        "machine had as much else to do in all runs."
     )
 
 

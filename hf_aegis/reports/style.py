@@ -72,9 +72,44 @@ _PANELS: dict[str, dict[str, str]] = {
         "transport_loss": "transport loss, × 1",
         "transport_loss_10": "transport loss, × 10",
     },
+    "AEGIS: what the optimiser makes of it": {
+        "aegis_update": "AEGIS, on the update",
+        "aegis_adam_metric": "AEGIS, in Adam's metric",
+        "naive_sgd": "naive, SGD",
+        "aegis_sgd": "AEGIS, SGD",
+    },
+    "AEGIS: what its penalty is measured on": {
+        "aegis_on_questions": "AEGIS, penalty on questions",
+        "aegis_robot_anchor": "AEGIS, anchor of robot inputs",
+        "aegis_accumulated": "AEGIS, micro-batches of 2",
+    },
+    "AEGIS: with a restoring part": {
+        "aegis_restoring_10": "AEGIS, restoring 0.1",
+        "aegis_restoring_100": "AEGIS, restoring 1",
+        "aegis_robot_restoring_100": "AEGIS, robot anchor, restoring 1",
+    },
+    "AEGIS: what trains": {
+        "naive_layers_alone": "naive, layers alone",
+        "aegis_layers_alone": "AEGIS, layers alone",
+        "naive_without_layer_0": "naive, layer 0 frozen",
+    },
+    "AEGIS: how far a step goes": {
+        "naive_3e-4": "naive, rate 3e-4",
+        "aegis_3e-4": "AEGIS, rate 3e-4",
+        "naive_unclipped": "naive, unclipped",
+        "aegis_unclipped": "AEGIS, unclipped",
+    },
 }
 _METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
-_MARKERS = ("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp")
+# Stars of four and of six points; matplotlib has letters for the others.
+_STAR_4, _STAR_6 = (4, 1, 0), (6, 1, 0)
+_MARKERS: tuple[Any, ...] = (
+    *("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp"),
+    ("*", "h", _STAR_4, "s"),
+    *("d8h", "Hp8"),
+    (_STAR_6, _STAR_4, "H"),
+    (_STAR_4, _STAR_6, "p", "D"),
+)
 
 # Each condition also has its own line style and marker, so that colour never carries a meaning alone.
 CONDITION_STYLES: dict[str, dict[str, Any]] = {
@@ -119,8 +154,8 @@ def condition_order(names: Iterable[str]) -> list[str]:
 
 
 def is_variant(name: str) -> bool:
-    """Whether a condition is AEGIS with one part changed, known here or not, rather than another method."""
-    return name.startswith(("aegis_", "transport_loss")) and name not in _METHODS
+    """Whether a condition is AEGIS or naive with one part changed, known here or not, rather than another method."""
+    return name.startswith(("aegis_", "naive_", "transport_loss")) and name not in _METHODS
 
 
 def condition_panels(names: Iterable[str]) -> list[Panel]:

@@ -24,6 +24,7 @@ class Measure(NamedTuple):
 
 
 FLOW_MSE = Measure("flow_mse", "flow MSE on held-out demonstrations (← better)")
+STEP_TIME = Measure("step_ms", "time of an optimiser step (ms, ← better)")
 VQA_ACCURACY = Measure("vqa_accuracy", "VQA accuracy after training (%, ↑ better)", 100.0)
 
 

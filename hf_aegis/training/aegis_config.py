@@ -12,8 +12,12 @@ from hf_aegis.gradients.shield import DUAL_BACKWARDS
 
 PRESERVE = ("projection", "subspace", "both", "none")
 REFERENCES = ("transport", "replay", "replayed_transport")
+PROJECTION_TARGETS = ("gradient", "update")
+PROJECTION_METRICS = ("euclidean", "adam")
 LAYER_PENALTIES = ("transport", "distillation")
 WEIGHT_PENALTIES = ("l2sp", "ewc")
+# Of the projection, with reference="transport" alone.
+_TRANSPORT_ALONE = ("projection_target", "projection_metric", "restoring")
 PENALTIES = (*LAYER_PENALTIES, "replay", *WEIGHT_PENALTIES)
 
 
@@ -61,6 +65,16 @@ class AEGISConfig(TrainingArguments):
             Weight \\(\lambda\\) of the transport penalty that is the reference.
         projection_eps (`float`, *optional*, defaults to `1e-12`):
             Damping of the projection's denominator; GradDrop has none.
+        projection_target (`str`, *optional*, defaults to `"gradient"`):
+            With the transport reference, what is projected: the task's `"gradient"` (AEGIS), or the `"update"` that
+            the optimiser made of it, momentum, rescaling and weight decay included ([`~gradients.UpdateProjection`]).
+        projection_metric (`str`, *optional*, defaults to `"euclidean"`):
+            With the transport reference, in what metric gradients are projected: `"euclidean"` (AEGIS), or that of
+            `"adam"`, in which the projected gradient no longer works against the reference once Adam has rescaled it
+            ([`~gradients.AdamMetric`]).
+        restoring (`float`, *optional*, defaults to `0.0`):
+            With the transport reference, adds the reference gradient to the projected one at this share of the task
+            gradient's length, so that what is lost is sought again. Zero is AEGIS.
         subspace_energy (`float`, *optional*):
             Share of the energy of the anchored inputs in the subspaces that are held, from 0 to 1; all directions that
             the anchor has by default.
@@ -130,6 +144,13 @@ class AEGISConfig(TrainingArguments):
     )
     penalty_scale: float = field(default=1.0, metadata={"help": "Weight of the transport penalty."})
     projection_eps: float = field(default=1e-12, metadata={"help": "Damping of the projection's denominator."})
+    projection_target: str = field(
+        default="gradient", metadata={"help": "What is projected.", "choices": PROJECTION_TARGETS}
+    )
+    projection_metric: str = field(
+        default="euclidean", metadata={"help": "In what metric it is projected.", "choices": PROJECTION_METRICS}
+    )
+    restoring: float = field(default=0.0, metadata={"help": "Share of the reference gradient that is added."})
     subspace_energy: float | None = field(default=None, metadata={"help": "Share of the inputs' energy to hold."})
     subspace_energies: dict[str, float] | None = field(
         default=None, metadata={"help": "The same by patterns of the linear layers' names, as JSON."}
@@ -157,6 +178,8 @@ class AEGISConfig(TrainingArguments):
             ("combiner", tuple(COMBINERS)),
             ("dual_backward", DUAL_BACKWARDS),
             ("granularity", GRANULARITIES),
+            ("projection_target", PROJECTION_TARGETS),
+            ("projection_metric", PROJECTION_METRICS),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
@@ -167,9 +190,9 @@ class AEGISConfig(TrainingArguments):
             raise ValueError(f"expert_learning_rate must not be negative, found {self.expert_learning_rate}")
         if self.replay_batch_size is not None and self.replay_batch_size < 1:
             raise ValueError(f"replay_batch_size must be at least 1, found {self.replay_batch_size}")
-        for name in ("neuron_cosine_steps", "certificate_steps", "subspace_softness"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must not be negative, found {value}")
+        for name in ("neuron_cosine_steps", "certificate_steps", "subspace_softness", "restoring"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, found {value}")
         if self.subspace_sensitivity is not None:
             if not 0 < self.subspace_sensitivity <= 1:
                 raise ValueError(f"subspace_sensitivity must lie in (0, 1], found {self.subspace_sensitivity}")
@@ -223,10 +246,13 @@ class AEGISConfig(TrainingArguments):
             self._refuse_without_effect(
                 f'preserve="{self.preserve}"',
                 *("reference", "combiner", "granularity", "penalty_scale", "projection_eps", "dual_backward"),
+                *_TRANSPORT_ALONE,
             )
         elif self.reference != "replay":
             if self.reference == "replayed_transport":
-                self._refuse_without_effect('reference="replayed_transport"', "penalty_scale", "dual_backward")
+                self._refuse_without_effect(
+                    'reference="replayed_transport"', "penalty_scale", "dual_backward", *_TRANSPORT_ALONE
+                )
             if self.combiner != "one_sided":
                 raise ValueError(
                     f'combiner={self.combiner!r} needs reference="replay": the transport penalty says where not to '
@@ -238,7 +264,7 @@ class AEGISConfig(TrainingArguments):
                     'those of the replayed batch in; use preserve="none" with it, or reference="replay" instead of it'
                 )
         else:
-            self._refuse_without_effect('reference="replay"', "penalty_scale", "dual_backward")
+            self._refuse_without_effect('reference="replay"', "penalty_scale", "dual_backward", *_TRANSPORT_ALONE)
             if self.combiner == "graddrop":
                 self._refuse_without_effect('combiner="graddrop"', "projection_eps")
             if "replay" in (self.penalties or {}):
@@ -247,6 +273,8 @@ class AEGISConfig(TrainingArguments):
                     'batch\'s gradient with itself; use combiner="pcgrad" to follow both losses, or preserve="none" '
                     "to add them"
                 )
+        if self.projection_target == "update":
+            self._refuse_without_effect('projection_target="update"', "projection_metric")
         if self.neuron_cosine_steps and not (self.projects and self.reference == "transport"):
             raise ValueError('neuron_cosine_steps needs preserve="projection" or "both", and reference="transport"')
 

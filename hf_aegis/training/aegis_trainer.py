@@ -289,6 +289,7 @@ class AEGISTrainer(Trainer):
                 groups += [{**group, "params": others}] if others else []
                 groups += [{**group, "params": mine, "lr": rate}] if mine else []
             optimizer.param_groups[:] = groups
+        self.preservation.attach(optimizer)
         return optimizer
 
     def train(  # type: ignore[override]

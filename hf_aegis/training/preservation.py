@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.gradients import (
+    AdamMetric,
     DistillationLoss,
     GradientShield,
     HeldSubspace,
     QuadraticPenalty,
     ReplayShield,
     TransportLoss,
+    UpdateProjection,
     fisher_diagonal,
 )
 from hf_aegis.training.aegis_config import AEGISConfig
@@ -83,6 +86,8 @@ class Preservation:
                 weights, penalties["ewc"], self._fisher(model, args, weights)
             )
         self.shield = self._make_shield(model, args, anchor)
+        self._args = args
+        self._optimizer: Optimizer | None = None
 
     @contextlib.contextmanager
     def micro_batch(self, number: int, share: float) -> Iterator[None]:
@@ -160,8 +165,19 @@ class Preservation:
             anchor,
             dual_backward=args.dual_backward,  # type: ignore[arg-type]
             penalty_scale=args.penalty_scale,
+            restoring=args.restoring,
             **options,
         )
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Gives the projection the optimiser, where it looks at what that makes of the gradients."""
+        if not isinstance(self.shield, GradientShield) or self._optimizer is optimizer:
+            return
+        self._optimizer = optimizer
+        if self._args.projection_metric == "adam":
+            self.shield.metric = AdamMetric(self.shield.model, optimizer)
+        if self._args.projection_target == "update":
+            UpdateProjection(self.shield, optimizer)
 
     def _next_replay_loss(self) -> Tensor:
         assert self._replay is not None

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PaliGemmaProcessor, PreTra
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import anchor as command
 from hf_aegis.cli.command_parser import CommandParser
 
@@ -134,6 +135,19 @@ def test_a_folder_of_questions_is_collected(tiny_vlm, questions, tmp_path):
     assert anchor.fingerprint.num_tokens == 6 * (4 + 1 + 5 + 1 + 1 + 1)
     assert anchor.fingerprint.dtype == "bfloat16"
     assert torch.isfinite(anchor.mean).all()
+
+
+def test_what_a_robot_sees_and_is_told_is_collected(tmp_path):
+    options = ("--batch_size", 2, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
+    command.run(parse("--dataset", "demonstrations", *options))
+    anchor = ActivationAnchor.from_pretrained(tmp_path / "anchor")
+    assert (anchor.fingerprint.dataset_id, anchor.fingerprint.num_samples) == ("demonstrations:train", 4)
+    # Two cameras, 64 image tokens each, and an instruction.
+    assert 4 * 128 < anchor.fingerprint.num_tokens < 4 * 160
+    command.run(parse("--dataset", DEMONSTRATIONS, *options[:-1], tmp_path / "same"))
+    assert torch.equal(ActivationAnchor.from_pretrained(tmp_path / "same").mean, anchor.mean)
+    with pytest.raises(ValueError, match=r"split 'held_out', gave \d+ samples, but num_samples is 3000"):
+        command.run(parse("--dataset", "demonstrations", "--split", "held_out"))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,30 @@ def test_one_sided_never_works_against_the_reference(vectors):
         assert abs(update @ reference - left) <= 1e-13 * task.norm() * reference.norm()
 
 
+@settings(deadline=None, max_examples=60)
+@given(vectors=VECTORS, share=st.sampled_from([0.1, 1.0, 5.0]))
+def test_a_restoring_part_also_descends_along_the_reference(vectors, share):
+    task, reference = (torch.from_numpy(vector) for vector in vectors)
+    plain = combine_flat(OneSidedGramSchmidt(EPS), task, reference)
+    update = combine_flat(OneSidedGramSchmidt(EPS, restoring=share), task, reference)
+    if reference.norm() == 0:
+        assert torch.equal(update, plain)
+        return
+    expected = plain + share * task.norm() * reference / reference.norm()
+    torch.testing.assert_close(update, expected, rtol=1e-12, atol=1e-12)
+    # The scale of the reference has no part in it where nothing is damped.
+    undamped, scaled = (
+        combine_flat(OneSidedGramSchmidt(1e-300, restoring=share), task, scale * reference) for scale in (1.0, 1e3)
+    )
+    torch.testing.assert_close(undamped, scaled, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("restoring", [-0.1, float("inf"), float("nan")])
+def test_restoring_must_be_a_length(restoring):
+    with pytest.raises(ValueError, match="restoring must be finite and not negative"):
+        OneSidedGramSchmidt(restoring=restoring)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_a_conflict(dtype):
     task, reference = pair(dtype, shift=1.0)

@@ -22,6 +22,7 @@ FEW = {
 }
 EVERYTHING = [
     "trade_off",
+    "cost",
     "vqa",
     "flow",
     "gradient_spectra",
@@ -177,7 +178,7 @@ def test_what_was_not_logged_is_left_out_and_said_so(tmp_path, write_comparison)
     # Of an earlier report, whose data are gone.
     (folder / "figures/drift.png").write_bytes(b"stale")
     write_report(folder)
-    assert drawn(folder) == ["flow", "trade_off", "vqa"]
+    assert drawn(folder) == ["cost", "flow", "trade_off", "vqa"]
     page = Page((folder / "report.html").read_text())
     missing = page.text[page.text.index("What is missing") :]
     for sentence in (
@@ -225,7 +226,7 @@ def test_variants_of_aegis_have_figures_of_their_own(tmp_path, write_comparison)
     outcomes = dict.fromkeys(("aegis", "transport_loss", "transport_loss_10", "aegis_eps"), FEW["aegis"])
     folder = write_comparison(tmp_path, {"naive": FEW["naive"], **outcomes}, seeds=(0,), layers=1, analyses=False)
     write_report(folder)
-    ablations = ["flow_ablations", "trade_off_ablations", "vqa_ablations"]
+    ablations = ["cost_ablations", "flow_ablations", "trade_off_ablations", "vqa_ablations"]
     assert drawn(folder) == sorted([*ablations, "projection_aegis"])
     # A figure of methods without any would show naive and AEGIS once more.
     text = Page((folder / "report.html").read_text()).text

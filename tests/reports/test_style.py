@@ -85,7 +85,7 @@ def test_ablations_alone_are_all_together():
     assert "AEGIS: other variants" not in {panel.title for panel in condition_panels(["aegis_lora", *names[:3]])}
 
 
-@pytest.mark.parametrize("recipe", ["compare_embedded", "ablations_embedded"])
+@pytest.mark.parametrize("recipe", ["compare_embedded", "ablations_embedded", "why_embedded"])
 def test_conditions_of_shipped_comparisons_have_looks(recipe):
     path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
     names = yaml.safe_load(path.read_text())["conditions"].keys()

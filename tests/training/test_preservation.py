@@ -23,6 +23,8 @@ METHODS = {
     "cotrain": {"preserve": "none", "penalties": {"replay": 0.5}},
     "a_gem": REPLAYED,
     "replayed_transport": {"preserve": "projection", "reference": "replayed_transport"},
+    "update": {"preserve": "projection", "projection_target": "update"},
+    "adam": {"preserve": "projection", "projection_metric": "adam", "restoring": 0.1},
     "pcgrad": {**REPLAYED, "combiner": "pcgrad", "granularity": "global"},
     "graddrop": {**REPLAYED, "combiner": "graddrop", "granularity": "tensor"},
     "both": {"preserve": "projection", "penalties": {"l2sp": 2.0, "transport": 1.0}},
@@ -409,6 +411,13 @@ def test_the_figures_are_logged(train, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"projection_target": "weights"}, "projection_target must be one of"),
+        ({"projection_metric": "sgd"}, "projection_metric must be one of"),
+        ({"restoring": -1.0}, "restoring must be finite and not negative"),
+        ({"preserve": "none", "restoring": 1.0}, "restoring=1.0 has no effect with"),
+        ({**REPLAYED, "projection_target": "update"}, "projection_target='update' has no effect with reference"),
+        ({**METHODS["replayed_transport"], "projection_metric": "adam"}, "projection_metric='adam' has no effect"),
+        ({"projection_target": "update", "projection_metric": "adam"}, "projection_metric='adam' has no effect with"),
         ({"preserve": "none", "penalties": {"ewk": 1.0}}, "penalties: unknown key 'ewk'"),
         (
             {"preserve": "none", "penalties": {"ewc": -1.0}},

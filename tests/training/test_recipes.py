@@ -37,18 +37,21 @@ PAPER = {
     "vqa_samples": 100,
 }
 CONDITIONS = sorted(path.stem for path in (RECIPES / "paligemma2_3b").glob("*.yaml") if path.stem != "shared")
-COMPARISONS = ("compare_embedded", "ablations_embedded", "study_embedded", "compare_paligemma2_3b")
+COMPARISONS = ("compare_embedded", "ablations_embedded", "why_embedded", "study_embedded", "compare_paligemma2_3b")
 EMBEDDED = {
     name: list(read_recipe(RECIPES / f"{name}.yaml", option_types([CompareArguments]))["conditions"])
-    for name in ("compare_embedded", "ablations_embedded", "study_embedded")
+    for name in ("compare_embedded", "ablations_embedded", "why_embedded", "study_embedded")
 }
 # One for each kind of thing that the conditions on PaliGemma2-3B do not run: a frozen language model, an anchor of one
-# kind of token, one projection of all layers, the penalty as a loss, whole subspaces held softly.
+# kind of token, one projection of all layers, the penalty as a loss, an anchor of demonstrations, a projected update,
+# whole subspaces held softly.
 REPRESENTATIVE = {
     ("compare_embedded", "stop_gradient"),
     ("ablations_embedded", "aegis_image_tokens"),
     ("ablations_embedded", "aegis_global"),
     ("ablations_embedded", "transport_loss"),
+    ("why_embedded", "aegis_robot_restoring_100"),
+    ("why_embedded", "aegis_update"),
     ("study_embedded", "subspace_soft"),
 }
 # Splits that the sets have, as their Hub pages and readers list them, with the images that they are about.
@@ -252,10 +255,13 @@ def test_a_comparison_could_start(comparison):
 
 def test_the_embedded_comparisons_share_their_settings():
     compared, anchors = resolve("compare_embedded")
-    ablated, more_anchors = resolve("ablations_embedded")
-    assert more_anchors.items() >= anchors.items()
-    for name in ("naive", "aegis"):
-        assert ablated[name] == compared[name], name
+    ablated, explained = {}, {}
+    for conditions, recipe in ((ablated, "ablations_embedded"), (explained, "why_embedded")):
+        found, more_anchors = resolve(recipe)
+        conditions |= found
+        assert more_anchors.items() >= anchors.items()
+        for name in ("naive", "aegis"):
+            assert conditions[name] == compared[name], name
     shared = yaml.safe_load((RECIPES / "embedded_shared.yaml").read_text())["shared"]
     for recipe in (*compared.values(), *ablated.values()):
         changed = {key for key, value in shared.items() if recipe[key] != value}

@@ -219,11 +219,11 @@ def test_an_anchor_is_needed_and_has_to_have_subspaces(make_language_model, make
     [
         ({"subspace_energy": 1.5}, r"subspace_energy must lie in \[0, 1\], found 1.5"),
         ({"subspace_energies": {"layers.0.*": -1}}, r"subspace_energies\['layers.0.\*'\] must lie in"),
-        ({"subspace_softness": -1.0}, "subspace_softness must not be negative"),
+        ({"subspace_softness": -1.0}, "subspace_softness must be finite and not negative"),
         ({"subspace_sensitivity": 0.0}, r"subspace_sensitivity must lie in \(0, 1\], found 0.0"),
         ({"subspace_sensitivity": 0.9, "subspace_softness": 1.0}, "cannot be combined with subspace_sensitivity"),
         ({"subspace_steps": 0}, "subspace_steps must be positive"),
-        ({"certificate_steps": -1}, "certificate_steps must not be negative"),
+        ({"certificate_steps": -1}, "certificate_steps must be finite and not negative"),
         ({"preserve": "projection", "subspace_energy": 0.9}, "subspace_energy=0.9 has no effect with"),
         ({"preserve": "none", "freeze_unheld": False}, "freeze_unheld=False has no effect with"),
         ({"granularity": "global"}, "granularity='global' has no effect with"),
