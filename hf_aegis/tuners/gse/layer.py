@@ -28,6 +28,7 @@ class GSELayer(BaseTunerLayer):
     What any layer with experts holds, by adapter.
 
     Attributes:
+        name (`str`): The layer's name in the base model.
         gse_A (`Parameter` of shape `(r, in_features)`): All experts' \\(A\\), stacked.
         gse_B (`Parameter` of shape `(out_features, r)`): All experts' \\(B\\), side by side.
         gse_router (`Parameter` of shape `(n_s, in_features)`): Only where there are specialized experts.
@@ -53,7 +54,7 @@ class GSELayer(BaseTunerLayer):
         self.gse_config: dict[str, GSEConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._name = name
+        self.name = name
         self._routing = routing
         self._awaiting: set[str] = set()
         base: Any = self.get_base_layer()
@@ -83,7 +84,7 @@ class GSELayer(BaseTunerLayer):
         """
         if config.r > min(self.in_features, self.out_features):
             raise ValueError(
-                f"{self._name}: r={config.r}, but a weight of shape {(self.out_features, self.in_features)} has a "
+                f"{self.name}: r={config.r}, but a weight of shape {(self.out_features, self.in_features)} has a "
                 "rank of its lesser side at most; choose a smaller r, or leave the layer out with exclude_modules"
             )
         weight: Any = self.get_base_layer().weight
@@ -134,7 +135,7 @@ class GSELayer(BaseTunerLayer):
         rank = int((values > values[0] * resolution).sum())
         if rank < config.r:
             raise ValueError(
-                f"{self._name}: r={config.r}, but its weight has a rank of {rank} only, so that some experts would "
+                f"{self.name}: r={config.r}, but its weight has a rank of {rank} only, so that some experts would "
                 "start from nothing; choose a smaller r, or leave the layer out with exclude_modules"
             )
         return spectral_experts(
@@ -250,7 +251,7 @@ class Linear(nn.Module, GSELayer):
             return always
         weights, probabilities, selected = top_k_gate(logits, config.top_k)
         if self.training:
-            self._routing.note(self._name, adapter_name, probabilities, selected)
+            self._routing.note(self.name, adapter_name, probabilities, selected)
         routed = weights * scaling[config.num_generalized :]
         return torch.cat((always.expand(*routed.shape[:-1], -1), routed), dim=-1)
 
@@ -271,11 +272,11 @@ class Linear(nn.Module, GSELayer):
                 continue
             delta = self.get_delta_weight(adapter_name)
             if self.is_quantized:
-                raise ValueError(f"{self._name} is quantised: merging would round the adapter away; keep it unmerged")
+                raise ValueError(f"{self.name} is quantised: merging would round the adapter away; keep it unmerged")
             weight: Any = self.get_base_layer().weight
             merged = weight.data + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"{self._name}: merging adapter {adapter_name!r} gives values that are not finite")
+                raise ValueError(f"{self.name}: merging adapter {adapter_name!r} gives values that are not finite")
             weight.data = merged
             self.merged_adapters.append(adapter_name)
 

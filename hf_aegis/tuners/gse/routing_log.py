@@ -29,6 +29,10 @@ class RoutingRecord:
         r"""\\(n_s \sum_j f_j P_j\\), see [`load_balance_loss`]; with gradient."""
         return load_balance_loss(self.load, token_mean(self.probabilities, self.mask))
 
+    def probability(self) -> Tensor:
+        """Mean probability of each expert `(n_s,)`, without gradient."""
+        return token_mean(self.probabilities.detach(), self.mask)
+
     def entropy(self) -> Tensor:
         """Mean entropy of the tokens' routing, in nats, without gradient."""
         return routing_entropy(self.probabilities.detach(), self.mask)
