@@ -322,12 +322,12 @@ def _experts(material: Material, name: str, path: Path) -> str:
 def _expert_spectra(material: Material, name: str, path: Path) -> str:
     runs = [found for run in material.logs[name] if (found := run.expert_spectra()) is not None]
     plot_expert_spectra(runs, path)
+    bars = "; bars are one standard deviation over seeds to each side" if len(runs) > 1 else ""
     return (
         "Left: singular values of what all experts of a linear layer add together, Σᵢ sᵢ Bᵢ Aᵢ, before and after "
         "training, and of the difference; geometric means over linear layers. Before training it is the leading part "
         "of the weight's own spectrum, divided by ρ. Right: the length of the difference, relative to that of the "
-        f"experts before, layer by layer{'; bars are one standard deviation over seeds to each side' * (len(runs) > 1)}"
-        f". From {_runs(runs)}."
+        f"experts before, layer by layer{bars}. From {_runs(runs)}."
     )
 
 

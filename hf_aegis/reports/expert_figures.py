@@ -13,12 +13,12 @@ from hf_aegis.reports.style import CONDITION_STYLES, WIDTH, figure_style, group_
 
 
 class Routing(NamedTuple):
-    """Of a few runs, over the steps that all have logged `(S,)`, in the decoder layers `groups` (G)."""
+    """Means over runs and a layer's linears, at the steps that all runs have logged (S), by decoder layer (G)."""
 
     steps: np.ndarray
     groups: list[str]
     entropy: np.ndarray
-    """`(G, S)`: the tokens' routing entropy as a share of the largest possible, mean over a layer's linears and runs."""
+    """`(G, S)`: the tokens' routing entropy as a share of the largest possible."""
     busiest: np.ndarray
     """`(G, S)`: the load of the busiest expert, in multiples of an even load."""
 

@@ -3,8 +3,8 @@ Step time of routed experts (VLA-GSE) against peft's LoRA of the same rank on th
 same experts written as a loop over experts, as in the authors' code.
 
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
-repetitions of the paired ratios. Beside wall-clock time stand ratios of processor time, which other work on the machine
-disturbs less; on a GPU, whose work is waited for before each reading of the clock, they mean nothing and are left out.
+repetitions of the paired ratios. Beside wall-clock time stand ratios of processor time, which other work on the
+machine disturbs less; on a GPU, whose work is waited for before the clock is read, they mean nothing and are left out.
 Prints a Markdown table and, with `--output`, writes the same figures as JSON.
 """
 
