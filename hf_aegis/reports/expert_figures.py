@@ -71,7 +71,7 @@ def plot_routing(runs: Sequence[Records], path: Path, condition: str) -> None:
     height = max(1.6, 0.19 * len(routing.groups) + 0.5)
     panels = (
         (100 * routing.entropy, "routing entropy\n(% of even routing)"),
-        (routing.busiest, "load of the busiest expert\n(× an even load)"),
+        (routing.busiest, "busiest expert's load\n(× an even load)"),
     )
     with figure_style() as pyplot:
         figure, axes = pyplot.subplots(

@@ -176,8 +176,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         (folder / EXPERT_SPECTRA_FILE).parent.mkdir(exist_ok=True)
         write_text(folder / EXPERT_SPECTRA_FILE, json.dumps(finite_json(experts.compare(policy))))
         # Projector and expert stay as they were trained.
-        assert isinstance(trainer.model, PeftModel)
-        trainer.model = trainer.model_wrapped = trainer.model.base_model.unload()
+        trainer.model = trainer.model_wrapped = trained.unload()
     trainer.save_model(str(folder))
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))

@@ -158,6 +158,14 @@ class GSELayer(BaseTunerLayer):
             self.gse_backbone_A[adapter_name].copy_(experts.backbone_down)
             self.gse_backbone_B[adapter_name].copy_(experts.backbone_up)
 
+    def check_mergeable(self) -> None:
+        """
+        Raises:
+            ValueError: If the base layer is quantised.
+        """
+        if self.is_quantized:
+            raise ValueError(f"{self.name} is quantised: merging would round the adapter away; keep it unmerged")
+
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Casts what trains of an adapter. Scales and adjustment of the backbone stay as they are."""
         for name in self.adapter_layer_names:
@@ -270,9 +278,8 @@ class Linear(nn.Module, GSELayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.gse_A:
                 continue
+            self.check_mergeable()
             delta = self.get_delta_weight(adapter_name)
-            if self.is_quantized:
-                raise ValueError(f"{self.name} is quantised: merging would round the adapter away; keep it unmerged")
             weight: Any = self.get_base_layer().weight
             merged = weight.data + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

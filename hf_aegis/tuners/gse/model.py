@@ -155,6 +155,11 @@ class GSEModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Experts are made on the base layer's device. PEFT's own would copy the weight of what is put back when the
+        # model is unloaded, which modules that were trained in full need not have.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
@@ -168,6 +173,10 @@ class GSEModel(BaseTuner):
         for adapter_name in self.active_adapters:
             if self.peft_config[adapter_name].num_specialized:
                 raise ValueError(cannot_merge(adapter_name))
+        # Before any layer is merged.
+        for module in self.model.modules():
+            if isinstance(module, GSELayer):
+                module.check_mergeable()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
