@@ -56,6 +56,7 @@ format: setup  ## rewrite the code in the house's style
 
 bench: setup  ## time and memory of training steps that keep knowledge, as ratios to naive ones
 	$(BIN)/python tests/benchmarks/training_step.py
+	$(BIN)/python tests/benchmarks/gse_step.py
 
 pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml

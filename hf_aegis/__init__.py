@@ -3,6 +3,7 @@
 from typing import Any
 
 from hf_aegis.lazy_exports import resolve
+from hf_aegis.tuners.registration import register_with_peft
 
 
 __version__ = "0.1.0.dev0"
@@ -14,6 +15,8 @@ _EXPORTS = {
     "AEGISTrainer": "hf_aegis.training",
     "Certificate": "hf_aegis.gradients",
     "FASTTokenizer": "hf_aegis.data",
+    "GSEConfig": "hf_aegis.tuners",
+    "GSEModel": "hf_aegis.tuners",
     "GradientShield": "hf_aegis.gradients",
     "HeldSubspace": "hf_aegis.gradients",
     "LiberoDataset": "hf_aegis.data",
@@ -25,6 +28,8 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
+
+register_with_peft()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,22 +64,48 @@ def hash_layer_weights(layers: nn.ModuleList, *, progress: bool = True) -> str:
         if parameter.is_meta:
             raise ValueError(f"cannot hash layer parameter {name!r}: it is on the meta device and holds no data")
     total_bytes = 4 * sum(parameter.numel() for _, parameter in parameters)
+    return hash_tensors(
+        {name: partial(_detached, parameter) for name, parameter in parameters},
+        description="Hashing layer weights",
+        progress=progress and total_bytes >= _PROGRESS_FROM_BYTES,
+    )
+
+
+def hash_tensors(readers: Mapping[str, Callable[[], torch.Tensor]], *, description: str, progress: bool) -> str:
+    """
+    SHA-256 over names, shapes and float32 values of tensors, in the given order.
+
+    Args:
+        readers (`Mapping[str, Callable[[], torch.Tensor]]`):
+            By name, what gives each tensor. A few are called at a time, in threads.
+        description (`str`):
+            Of the progress bar.
+        progress (`bool`):
+            Whether there is one.
+
+    Returns:
+        `str`: hexadecimal digest.
+    """
     digest = hashlib.sha256()
     # hashlib releases the interpreter lock, so threads hash tensors side by side; few, as each holds a float32 copy.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        tensors = pool.map(_hash_tensor, (parameter for _, parameter in parameters))
+        tensors = pool.map(_hash_tensor, readers.values())
         bar = tqdm(
-            zip(parameters, tensors, strict=True),
-            desc="Hashing layer weights",
-            total=len(parameters),
+            zip(readers, tensors, strict=True),
+            desc=description,
+            total=len(readers),
             unit="tensor",
-            disable=not progress or total_bytes < _PROGRESS_FROM_BYTES,
+            disable=not progress,
         )
-        for (name, parameter), tensor_digest in bar:
-            digest.update(f"{name} {tuple(parameter.shape)} {tensor_digest}\n".encode())
+        for name, (shape, tensor_digest) in bar:
+            digest.update(f"{name} {shape} {tensor_digest}\n".encode())
     return digest.hexdigest()
 
 
-def _hash_tensor(parameter: torch.Tensor) -> str:
-    values = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    return hashlib.sha256(values.numpy().data).hexdigest()
+def _detached(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.detach()
+
+
+def _hash_tensor(read: Callable[[], torch.Tensor]) -> tuple[tuple[int, ...], str]:
+    values = read().to(device="cpu", dtype=torch.float32).contiguous()
+    return tuple(values.shape), hashlib.sha256(values.numpy().data).hexdigest()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hf_aegis.atomic_files import replacing
 from hf_aegis.reports.bands import Records
 from hf_aegis.reports.drift_plane import drift_plane, plot_drift
+from hf_aegis.reports.expert_figures import plot_expert_spectra, plot_routing
 from hf_aegis.reports.figure_material import Material, MissingDataError
 from hf_aegis.reports.neuron_cosine_figures import plot_neuron_cosines
 from hf_aegis.reports.run_logs import RunLogs
@@ -89,6 +90,13 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
         title = f"What the projection did: {condition_styles([name])[name]['label']}"
         yield f"projection_{name}", title, partial(_projection, material, name)
     yield "neuron_cosines", "Agreement of the gradients, neuron by neuron", partial(_neurons, material)
+    # Most comparisons have no condition with experts, and miss nothing.
+    for name in _that_left(material, RunLogs.experts):
+        label = condition_styles([name])[name]["label"]
+        yield f"experts_{name}", f"Routing of the tokens to experts: {label}", partial(_experts, material, name)
+    for name in _that_left(material, RunLogs.expert_spectra):
+        label = condition_styles([name])[name]["label"]
+        yield f"expert_spectra_{name}", f"Spectra of the experts: {label}", partial(_expert_spectra, material, name)
 
 
 def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str:
@@ -289,6 +297,42 @@ def _neurons(material: Material, path: Path) -> str:
         f"at {steps} step{'s' if steps != 1 else ''}; up to one neuron in two thousand lies outside the axis."
         f"{' Thin outlines are the single runs.' if len(histograms) > 1 else ''}"
     )
+
+
+def _that_left(material: Material, read: Callable[[RunLogs], Any]) -> list[str]:
+    """The conditions of which a run left what `read` reads."""
+    return [name for name, runs in material.logs.items() if any(read(run) is not None for run in runs)]
+
+
+def _experts(material: Material, name: str, path: Path) -> str:
+    runs = [records for run in material.logs[name] if (records := run.experts()) is not None]
+    try:
+        plot_routing(runs, path, name)
+    except ValueError as error:
+        raise MissingDataError(f"{error}.") from error
+    return (
+        "Left: the entropy of the tokens' routing, as a share of that of an even routing; low values are routers that "
+        "are sure. Right: how much more the busiest expert of a layer gets than with an even load, which is 1; high "
+        "values are experts that the others are idle beside. Above, the mean over layers, and from the lowest to the "
+        f"highest layer a band; below, layer by layer. Means over a layer's linear layers and {_runs(runs)}, of the "
+        "batch before each log."
+    )
+
+
+def _expert_spectra(material: Material, name: str, path: Path) -> str:
+    runs = [found for run in material.logs[name] if (found := run.expert_spectra()) is not None]
+    plot_expert_spectra(runs, path)
+    bars = "; bars are one standard deviation over seeds to each side" if len(runs) > 1 else ""
+    return (
+        "Left: singular values of what all experts of a linear layer add together, Σᵢ sᵢ Bᵢ Aᵢ, before and after "
+        "training, and of the difference; geometric means over linear layers. Before training it is the leading part "
+        "of the weight's own spectrum, divided by ρ. Right: the length of the difference, relative to that of the "
+        f"experts before, layer by layer{bars}. From {_runs(runs)}."
+    )
+
+
+def _runs(runs: Sequence[Any]) -> str:
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
 
 
 def _bands(runs: Mapping[str, Sequence[Records]]) -> str:

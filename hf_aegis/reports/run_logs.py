@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_aegis.reports.bands import Records
 from hf_aegis.reports.style import condition_order
-from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
+from hf_aegis.training.json_lines import EXPERTS_FILE, METRICS_FILE, PROJECTION_FILE, JSONLines
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ class RunLogs:
     def projection(self) -> Records | None:
         """What each projected backward pass did."""
         return self._lines(PROJECTION_FILE)
+
+    def experts(self) -> Records | None:
+        """How tokens were spread over routed experts."""
+        return self._lines(EXPERTS_FILE)
+
+    def expert_spectra(self) -> dict[str, Any] | None:
+        """Singular values of the experts before and after training."""
+        return self._json("analysis/expert_spectra.json")
 
     def neuron_cosines(self) -> dict[str, Any] | None:
         """Histograms of the cosines between task gradient and reference, neuron by neuron."""

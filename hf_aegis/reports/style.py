@@ -34,9 +34,11 @@ _PANELS: dict[str, dict[str, str]] = {
         "graddrop": "GradDrop",
         "cotrain": "co-training",
     },
-    "combinations": {
+    "experts and combinations": {
         "aegis_lora": "AEGIS + LoRA",
         "weight_interpolation": "weight interpolation",
+        "vla_gse": "VLA-GSE",
+        "aegis_vla_gse": "AEGIS + VLA-GSE",
     },
     "held input subspaces": {
         "subspace_99": "held subspace, 99 %",
@@ -104,7 +106,9 @@ _METHODS = {name for title, members in _PANELS.items() if not title.startswith("
 # Stars of four and of six points; matplotlib has letters for the others.
 _STAR_4, _STAR_6 = (4, 1, 0), (6, 1, 0)
 _MARKERS: tuple[Any, ...] = (
-    *("s^D", "v<>", "hP*d", "8H", "<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp"),
+    *("s^D", "v<>", "hP*d"),
+    ("8", "H", _STAR_6, "P"),
+    *("<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp"),
     ("*", "h", _STAR_4, "s"),
     *("d8h", "Hp8"),
     (_STAR_6, _STAR_4, "H"),

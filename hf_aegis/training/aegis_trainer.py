@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -26,6 +27,7 @@ from hf_aegis.training.certificate_callback import CertificateCallback
 from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
+from hf_aegis.training.expert_load_callback import ExpertLoadCallback
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
@@ -34,6 +36,7 @@ from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
+from hf_aegis.tuners.gse import GSEModel
 
 
 if TYPE_CHECKING:
@@ -55,6 +58,9 @@ class AEGISTrainer(Trainer):
     The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
     EWC, L2-SP, feature distillation and co-training of it. The weights that the model has when the trainer is made are
     the pre-trained ones.
+
+    A model that has a loss of its own to add, such as the load-balancing loss of [`~tuners.gse.GSEModel`], gives it by
+    a method `get_auxiliary_loss()`; it is logged as `auxiliary_loss`, and the routing itself in `experts.jsonl`.
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
     with each backward pass's figures group by group. Each checkpoint is preceded by a log, whatever `logging_steps`
@@ -157,6 +163,10 @@ class AEGISTrainer(Trainer):
             self.add_callback(self._projection)
         if isinstance(self.shield, GradientShield) and args.neuron_cosine_steps:
             self.add_callback(NeuronCosineCallback(self.shield, args.output_dir, args.neuron_cosine_steps))
+        self._expert_load: ExpertLoadCallback | None = None
+        if isinstance(model, PeftModel) and isinstance(model.base_model, GSEModel):
+            self._expert_load = ExpertLoadCallback(model.base_model.routing_records, args.output_dir)
+            self.add_callback(self._expert_load)
         self.add_callback(NonFiniteGuard())
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
@@ -223,11 +233,24 @@ class AEGISTrainer(Trainer):
         with self.preservation.recording():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._note_flow(self._task_means, outputs, inputs)
-        if (added := self.preservation.added_loss()) is not None:
+        # The balance of the task's batch: what is replayed for an added loss comes after it.
+        terms = [self._auxiliary_loss(), self.preservation.added_loss()]
+        for added in (term for term in terms if term is not None):
             # A loss that is normalised over the whole accumulated batch is not divided by the micro-batches later.
             whole = self._is_whole_loss(num_items_in_batch)
             loss = loss + (added / self.current_gradient_accumulation_steps if whole else added)
         return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary_loss(self) -> Tensor | None:
+        """What the model asks to be added to its last loss in training, such as the balance of routed experts."""
+        read = getattr(self.model, "get_auxiliary_loss", None)
+        if read is None:
+            return None
+        if self._expert_load is not None:
+            self._expert_load.observe()
+        loss = read()
+        self._task_means.add("auxiliary_loss", loss)
+        return loss
 
     def _is_whole_loss(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer takes its loss to be normalised over all micro-batches: its `training_step`'s rule."""

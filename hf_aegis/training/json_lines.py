@@ -14,6 +14,8 @@ METRICS_FILE = "metrics.jsonl"
 """What a training run logs."""
 PROJECTION_FILE = "projection.jsonl"
 """What each projected backward pass of a training run did."""
+EXPERTS_FILE = "experts.jsonl"
+"""How a training run's routers spread the tokens over the experts."""
 
 
 def finite_json(value: Any) -> Any:

@@ -17,9 +17,10 @@ from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
 from hf_aegis.data.vqa import VQACollator
+from hf_aegis.evaluation.expert_spectra import ExpertSpectra
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
-from hf_aegis.training.adapters import add_lora
+from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.analysis import Analysis
@@ -41,6 +42,7 @@ from hf_aegis.training.weight_interpolation import interpolate_weights
 RESULT_FILE = "result.json"
 RECIPE_FILE = "recipe.yaml"
 ADAPTER_FOLDER = "adapter"
+EXPERT_SPECTRA_FILE = "analysis/expert_spectra.json"
 _PACKAGES = ("hf-aegis", "torch", "transformers", "accelerate", "peft", "datasets", "h5py", "numpy", "safetensors")
 
 
@@ -73,6 +75,8 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
 
 def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     run.check()
+    if run.gse is not None and args.holds_subspaces:
+        raise ValueError(f'preserve="{args.preserve}" holds LoRA\'s adapters alone: it cannot be combined with gse')
     recipe = _resolved(run, args)
     if (finished := _finished(folder, recipe)) is not None:
         return finished
@@ -107,8 +111,13 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     if analysis is not None:
         model.to(args.device)  # type: ignore[arg-type]
         analysis.before(model)
+    trained: Any = model
+    if run.lora is not None:
+        trained = add_lora(model, run.lora)
+    elif run.gse is not None:
+        trained = add_gse(model, run.gse)
     trainer = AEGISTrainer(
-        model if run.lora is None else add_lora(model, run.lora),
+        trained,
         args,
         anchor=anchor,
         replay_dataset=replay,
@@ -124,14 +133,17 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     kept = trainer.preservation.weights
     pretrained = {} if run.weight_interpolation is None else {name: p.detach().clone() for name, p in kept.items()}
+    experts = ExpertSpectra(trained) if run.gse is not None else None
     trainer.train(resume_from_checkpoint=True)
     if run.weight_interpolation is not None:
         interpolate_weights(kept, pretrained, run.weight_interpolation)
     if isinstance(trainer.model, PeftModel):
         # What is measured is what is saved, rounding included.
         trainer.save_model(str(folder / ADAPTER_FOLDER))
-        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
-    policy = trainer.model
+        if run.lora is not None:
+            trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    # Experts stay on it: what routes cannot be merged.
+    policy = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     unchanged = run.weight_interpolation is None and run.lora is None
     flow = (_last_evaluation(trainer) if unchanged else None) or trainer.evaluate()
     scores, asked = question_scores(policy, processor, final_questions) if final_questions else ({}, None)
@@ -160,6 +172,11 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     }
     if analysis is not None:
         analysis.after(policy)
+    if experts is not None:
+        (folder / EXPERT_SPECTRA_FILE).parent.mkdir(exist_ok=True)
+        write_text(folder / EXPERT_SPECTRA_FILE, json.dumps(finite_json(experts.compare(policy))))
+        # Projector and expert stay as they were trained.
+        trainer.model = trainer.model_wrapped = trained.unload()
     trainer.save_model(str(folder))
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))

@@ -27,6 +27,9 @@ class RunArguments:
             model; all but `chunk_size`, which is an argument of its own.
         lora (`dict`, *optional*): Fields of `peft.LoraConfig`: the language model trains through low-rank adapters,
             projector and expert in full, all else is frozen. An empty mapping takes peft's defaults.
+        gse (`dict`, *optional*): Fields of [`~tuners.gse.GSEConfig`]: the language model trains through generalized
+            and specialized experts instead. They are not merged: the output folder holds the model without them, and
+            `adapter/` has them.
         fast (`dict`, *optional*): The options `vocab_size` and `scale` of [`FASTTokenizer.fit`], both optional: a
             tokenizer is fitted on the training actions, and the language model learns to predict their tokens.
         weight_interpolation (`float`, *optional*):
@@ -67,6 +70,7 @@ class RunArguments:
     )
     expert: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of PaliGemmaFlowConfig, as JSON."})
     lora: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of peft.LoraConfig, as JSON."})
+    gse: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of GSEConfig, as JSON."})
     fast: dict[str, Any] | None = field(
         default=None, metadata={"help": "vocab_size and scale of the FAST tokenizer, as JSON."}
     )
@@ -117,12 +121,19 @@ class RunArguments:
             )
         if self.weight_interpolation is not None and not 0 <= self.weight_interpolation <= 1:
             raise ValueError(f"weight_interpolation must lie in [0, 1], found {self.weight_interpolation}")
-        if self.weight_interpolation is not None and self.lora is not None:
-            raise ValueError("weight_interpolation is of weights that train in full: it cannot be combined with lora")
+        if self.lora is not None and self.gse is not None:
+            raise ValueError("lora and gse are adapters of the same layers: they cannot be combined")
+        for name in ("lora", "gse"):
+            if self.weight_interpolation is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"weight_interpolation is of weights that train in full: it cannot be combined with {name}"
+                )
         if self.expert is not None:
             _check_expert(self.expert)
         if self.lora is not None:
             _check_lora(self.lora)
+        if self.gse is not None:
+            _check_gse(self.gse)
         if self.fast is not None:
             _check_fast(self.fast)
 
@@ -154,6 +165,16 @@ def _check_lora(fields: dict[str, Any]) -> None:
     _require_positive("lora: lora_alpha", config.lora_alpha)
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ValueError(f"lora: lora_dropout must be a number in [0, 1), found {config.lora_dropout!r}")
+
+
+def _check_gse(fields: dict[str, Any]) -> None:
+    from hf_aegis.tuners.gse import GSEConfig
+
+    _refuse_unknown("gse", fields, set(GSEConfig.__dataclass_fields__))
+    try:
+        GSEConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"gse: {error}") from error
 
 
 def _check_fast(options: dict[str, Any]) -> None:

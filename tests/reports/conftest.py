@@ -27,6 +27,8 @@ OUTCOMES = {
     "graddrop": (0.30, 0.89, 0.339),
     "cotrain": (0.02, 0.992, 0.331),
     "weight_interpolation": (0.35, 0.87, 0.345),
+    "vla_gse": (0.12, 0.955, 0.338),
+    "aegis_vla_gse": (0.10, 0.960, 0.340),
 }
 ABLATIONS = {
     "aegis_global": (1.1, 0.66, 0.331),
@@ -42,7 +44,7 @@ ABLATIONS = {
     "transport_loss_10": (0.10, 0.96, 0.337),
 }
 PROJECTED = (
-    *("aegis", "aegis_lora", "a_gem", "pcgrad", "graddrop"),
+    *("aegis", "aegis_lora", "aegis_vla_gse", "a_gem", "pcgrad", "graddrop"),
     *(name for name in ABLATIONS if name.startswith("aegis")),
 )
 STEPS = 120
@@ -150,6 +152,27 @@ def hidden_states(seed: int, condition: str) -> dict[str, np.ndarray]:
     return {"before": before, "after": (before + drift + own.normal(0, 0.3, before.shape)).astype(np.float32)}
 
 
+def expert_routing(random: np.random.Generator, layers: int) -> list[dict[str, Any]]:
+    def figures(step: int) -> dict[str, Any]:
+        probability = random.dirichlet(np.full(7, 2.0 + step / 20))
+        entropy = -(probability * np.log(probability)).sum()
+        return {"load": (2 * probability).tolist(), "probability": probability.tolist(), "entropy": float(entropy)}
+
+    names = [f"model.language_model.layers.{i}.{part}" for i in range(layers) for part in ("mlp.up_proj", "q_proj")]
+    return [{"step": step, "layers": {name: figures(step) for name in names}} for step in range(10, STEPS + 1, 10)]
+
+
+def expert_spectra(random: np.random.Generator, layers: int) -> dict[str, Any]:
+    def entry(name: str) -> dict[str, Any]:
+        before = 0.3 * 0.9 ** np.arange(16)
+        after = np.sort(before * random.uniform(0.8, 1.4, 16))[::-1]
+        update = 0.1 * 0.8 ** np.arange(32)
+        return {"name": name, "before": before.tolist(), "after": after.tolist(), "update": update.tolist()}
+
+    names = [f"model.language_model.layers.{i}.{part}" for i in range(layers) for part in ("mlp.up_proj", "q_proj")]
+    return {"layers": [entry(name) for name in names]}
+
+
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
@@ -205,6 +228,9 @@ def write_comparison() -> Callable[..., Path]:
         if condition == "aegis":
             (run / "neuron_cosines.json").write_text(json.dumps(neuron_cosines(random, layers)))
         (run / "analysis").mkdir()
+        if condition.endswith("vla_gse"):
+            write_lines(run / "experts.jsonl", expert_routing(random, layers))
+            (run / "analysis/expert_spectra.json").write_text(json.dumps(expert_spectra(random, layers)))
         (run / "analysis/gradient_spectra.json").write_text(json.dumps(gradient_spectra(random, layers)))
         save_file(hidden_states(seed, condition), run / "analysis/hidden_states.safetensors")
 

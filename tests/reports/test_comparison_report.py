@@ -18,6 +18,7 @@ FEW = {
     "naive": (1.4, 0.61, 0.332),
     "aegis": (0.84, 0.71, 0.328),
     "a_gem": (0.1, 0.95, 0.333),
+    "vla_gse": (0.1, 0.95, 0.34),
     "mine<b>": (0.2, 0.9, 0.34),
 }
 EVERYTHING = [
@@ -31,6 +32,8 @@ EVERYTHING = [
     "projection_aegis",
     "projection_a_gem",
     "neuron_cosines",
+    "experts_vla_gse",
+    "expert_spectra_vla_gse",
 ]
 
 

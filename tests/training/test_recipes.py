@@ -17,6 +17,7 @@ from hf_aegis.training import AEGISConfig
 from hf_aegis.training.adapters import LANGUAGE_MODEL_PROJECTIONS, TRAINED_IN_FULL
 from hf_aegis.training.run import run_training
 from hf_aegis.training.run_arguments import RunArguments
+from hf_aegis.tuners.gse import GSEConfig
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -186,6 +187,14 @@ def test_values_of_the_paper(condition):
         assert (run.lora["r"], run.lora["lora_alpha"]) == (16, 32)
         assert run.lora["target_modules"] == LANGUAGE_MODEL_PROJECTIONS
         assert run.lora["modules_to_save"] == list(TRAINED_IN_FULL)
+    assert (run.gse is not None) == condition.endswith("vla_gse")
+    if run.gse:
+        experts = GSEConfig(**run.gse)
+        found = experts.r, experts.num_experts, experts.num_generalized, experts.top_k
+        assert found == (16, 8, 1, 2)
+        assert (experts.rho, experts.eta, experts.base_scale, experts.router_aux_loss_coef) == (10, 1, 2, 0.01)
+        assert experts.target_modules == LANGUAGE_MODEL_PROJECTIONS
+        assert experts.modules_to_save == list(TRAINED_IN_FULL)
     if condition == "stop_gradient_fast":
         _, naive = parse(RECIPES / "paligemma2_3b" / "naive.yaml")
         assert args.learning_rate < naive.learning_rate
@@ -342,3 +351,4 @@ def test_wrong_arguments_are_refused_early(changes, message):
 
 def test_empty_mappings_are_defaults():
     RunArguments(expert={}, lora={}, fast={}).check()
+    RunArguments(gse={}).check()
