@@ -149,7 +149,7 @@ def test_names_are_escaped(whole):
 
 def test_the_page_tells_what_was_run_and_measured(whole):
     page = Page((whole / "report.html").read_text())
-    assert "12 finished training runs of 4 conditions" in page.text
+    assert "15 finished training runs of 5 conditions" in page.text
     assert "Seeds: 0, 1, 2." in page.text
     assert "Model: embedded." in page.text
     assert "answers 99.7 % of the final questions" in page.text
