@@ -15,7 +15,11 @@ from hf_aegis.tuners.gse.config import GSEConfig
 _PROGRESS_FROM_ELEMENTS = 2**27
 
 
-def hash_base_weights(layers: Mapping[str, nn.Module]) -> str | None:
+# In the place of a hash. The adapter of such a model is one that was saved all the same.
+UNKNOWN = "unknown"
+
+
+def hash_base_weights(layers: Mapping[str, nn.Module]) -> str:
     """
     SHA-256 over names, shapes and float32 values of linear layers' weights; of quantised ones as they are decoded. It
     is the same for a bfloat16 checkpoint loaded in float32, but not for one that was quantised since.
@@ -24,11 +28,11 @@ def hash_base_weights(layers: Mapping[str, nn.Module]) -> str | None:
         layers (`Mapping[str, torch.nn.Module]`): The layers, by name.
 
     Returns:
-        `str`: hexadecimal digest; `None` where weights are on the `meta` device and hold no data.
+        `str`: hexadecimal digest; `"unknown"` where weights are on the `meta` device and hold no data.
     """
     weights: list[Any] = [layer.weight for layer in layers.values()]
     if any(weight.is_meta for weight in weights):
-        return None
+        return UNKNOWN
     return hash_tensors(
         {f"{name}.weight": partial(decoded_weight, layers[name]) for name in sorted(layers)},
         description="Hashing base weights",
@@ -48,7 +52,7 @@ def check_base_weights(layers: Mapping[str, nn.Module], config: GSEConfig) -> No
         ValueError: If these are others.
     """
     found = hash_base_weights(layers)
-    if found is not None and found != config.base_weights_sha256:
+    if UNKNOWN not in (found, config.base_weights_sha256) and found != config.base_weights_sha256:
         raise ValueError(
             f"this adapter was made for a base model whose {len(layers)} targeted layers hash to "
             f"{config.base_weights_sha256}, but those of this model hash to {found}: the weights have changed since, "

@@ -66,7 +66,9 @@ class GSEConfig(PeftConfig):
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, where PEFT does not know it.
         modules_to_save (`list[str]`, *optional*): Modules that train in full and are saved with the adapter.
         check_base_weights (`bool`, *optional*, defaults to `True`):
-            Whether a saved adapter is refused on a base model whose targeted layers are not those it was made for.
+            Whether a saved adapter is refused on a base model whose targeted layers' weights are not those it was made
+            for. It is asked when the adapter is put on the model, which hashes these weights; not when a file is
+            loaded into an adapter that the model has already.
         base_weights_sha256 (`str`, *optional*):
             Their hash. It is filled in when the adapter is made. A configuration that is created with it, as a saved
             one is, waits for the adapter's saved weights and decomposes nothing.

@@ -56,7 +56,9 @@ class GSELayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.name = name
         self._routing = routing
-        self._awaiting: set[str] = set()
+        # Adapters whose weights are to be loaded, with the placeholder of `gse_A`: some loaders fill it, others put
+        # another parameter in its place.
+        self._awaiting: dict[str, nn.Parameter] = {}
         base: Any = self.get_base_layer()
         if isinstance(base, Conv1D):
             self.in_features, self.out_features = base.weight.shape
@@ -77,10 +79,10 @@ class GSELayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: GSEConfig) -> None:
         """
-        Adds an adapter.
+        Adds an adapter, whose weights are zero until [`~GSELayer.reset_gse_parameters`] or loading sets them.
 
         Raises:
-            ValueError: If the layer is too small for the adapter's rank, or its weight has no such rank.
+            ValueError: If the layer is too small for the adapter's rank.
         """
         if config.r > min(self.in_features, self.out_features):
             raise ValueError(
@@ -100,18 +102,21 @@ class GSELayer(BaseTunerLayer):
         if config.num_specialized:
             router = torch.zeros(config.num_specialized, self.in_features, **options)
             self.gse_router[adapter_name] = nn.Parameter(router)
-        if config.backbone_adjustment != "none":
+        if config.init_weights and config.backbone_adjustment != "none":
             for factors, like in ((self.gse_backbone_A, self.gse_A), (self.gse_backbone_B, self.gse_B)):
                 factors[adapter_name] = _frozen(torch.zeros_like(like[adapter_name]))
         if config.awaits_weights:
-            self._awaiting.add(adapter_name)
-        elif not self.gse_A[adapter_name].is_meta:
-            self.reset_gse_parameters(adapter_name)
+            self._awaiting[adapter_name] = self.gse_A[adapter_name]
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
     def reset_gse_parameters(self, adapter_name: str) -> None:
-        """Gives an adapter the weights that it starts with."""
+        """
+        Gives an adapter the weights that it starts with.
+
+        Raises:
+            ValueError: If the base layer's weight has a lesser rank than the adapter.
+        """
         config = self.gse_config[adapter_name]
         if config.num_specialized:
             _init_like_linear(self.gse_router[adapter_name])
@@ -171,7 +176,7 @@ class GSELayer(BaseTunerLayer):
         for name in self.adapter_layer_names:
             factors = getattr(self, name)
             if adapter_name in factors:
-                factors[adapter_name] = factors[adapter_name].to(dtype)
+                self._replace(factors, adapter_name, factors[adapter_name].detach().to(dtype))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own casts to the base layer's dtype as well.
@@ -180,14 +185,21 @@ class GSELayer(BaseTunerLayer):
             factors = getattr(self, name)
             present = isinstance(factors, nn.ParameterDict) and adapter_name in factors
             if present and not factors[adapter_name].is_meta:
-                factors[adapter_name] = factors[adapter_name].to(target)
+                self._replace(factors, adapter_name, factors[adapter_name].detach().to(target))
+
+    def _replace(self, factors: nn.ParameterDict, adapter_name: str, values: Tensor) -> None:
+        old = factors[adapter_name]
+        # What is assigned as a plain tensor would train, the frozen parts too.
+        factors[adapter_name] = new = nn.Parameter(values, requires_grad=old.requires_grad)
+        if self._awaiting.get(adapter_name) is old:
+            self._awaiting[adapter_name] = new
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._awaiting.discard(adapter_name)
+        self._awaiting.pop(adapter_name, None)
 
     def _check_loaded(self, adapter_name: str) -> None:
-        if adapter_name in self._awaiting:
+        if self._awaiting and self._awaiting.get(adapter_name) is self.gse_A[adapter_name]:
             raise RuntimeError(
                 f"adapter {adapter_name!r} was made from the configuration of a saved adapter, whose weights have not "
                 "been loaded; load them with PeftModel.from_pretrained or load_adapter, or, to start anew, set "
@@ -318,7 +330,8 @@ class Linear(nn.Module, GSELayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._awaiting -= {name for name in self._awaiting if f"{prefix}gse_A.{name}" in state_dict}
+        for name in [name for name in self._awaiting if f"{prefix}gse_A.{name}" in state_dict]:
+            del self._awaiting[name]
 
     def __repr__(self) -> str:
         return "gse." + super().__repr__()

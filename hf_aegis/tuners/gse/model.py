@@ -1,19 +1,24 @@
 """A model whose linear layers have generalized and specialized experts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_aegis.tuners.gse.base_weights import check_base_weights, hash_base_weights
 from hf_aegis.tuners.gse.config import GSEConfig
 from hf_aegis.tuners.gse.layer import GSELayer, Linear, cannot_merge
 from hf_aegis.tuners.gse.routing_log import RoutingLog, RoutingRecord
+
+
+# Below this many elements the decompositions take seconds, and a progress bar would only flicker.
+_PROGRESS_FROM_ELEMENTS = 2**24
 
 
 class GSEModel(BaseTuner):
@@ -55,7 +60,9 @@ class GSEModel(BaseTuner):
         of a layer gets, its mean probability \\(P\\), and \\(\lambda\\) the `router_aux_loss_coef` of the adapter.
 
         Padding does not count where the model was called with an `attention_mask` of shape `(batch, tokens)` as a
-        keyword; layers that see something other than these tokens, such as an image's patches, count all they see.
+        keyword; layers that see something other than these tokens, such as an image's patches, count all they see. A
+        layer that runs more than once in a forward pass counts with its last run. Under autocast the router's logits
+        are computed in its dtype, and their softmax in float32.
 
         Returns:
             `Tensor`: A scalar in float32 or better; zero outside of training, where nothing is recorded, and without
@@ -111,9 +118,14 @@ class GSEModel(BaseTuner):
             check_base_weights(self._targets(model, config), config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.awaits_weights:
-            layers = {name: module for name, module in model.named_modules() if isinstance(module, GSELayer)}
+            layers = {
+                name: module
+                for name, module in model.named_modules()
+                if isinstance(module, GSELayer) and adapter_name in module.gse_A
+            }
+            _initialise(layers.values(), adapter_name)
             config.base_weights_sha256 = hash_base_weights(
-                {name: module.get_base_layer() for name, module in layers.items() if adapter_name in module.gse_A}
+                {name: module.get_base_layer() for name, module in layers.items()}
             )
 
     def _targets(self, model: nn.Module, config: GSEConfig) -> dict[str, nn.Module]:
@@ -144,10 +156,13 @@ class GSEModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         # The quantised layers of bitsandbytes are linear layers too; those of other libraries cannot be decomposed.
-        if not isinstance(base, nn.Linear | Conv1D):
+        weight = getattr(base, "weight", None)
+        in_bytes = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() < 2
+        if not isinstance(base, nn.Linear | Conv1D) or in_bytes:
+            found = f"{type(base).__name__} in {getattr(weight, 'dtype', None)}"
             raise ValueError(
-                f"{current_key} is a {type(base).__name__}; only torch.nn.Linear, transformers' Conv1D and "
-                "bitsandbytes' quantised linear layers can have experts. Leave it out with exclude_modules"
+                f"{current_key} is a {found}; only torch.nn.Linear, transformers' Conv1D and bitsandbytes' quantised "
+                "linear layers can have experts. Leave it out with exclude_modules"
             )
         new_module = Linear(target, adapter_name, config, current_key, self._routing)
         if adapter_name not in self.active_adapters:
@@ -168,20 +183,36 @@ class GSEModel(BaseTuner):
                 if isinstance(module, GSELayer) and not module.is_quantized:
                     module.cast_adapter(adapter_name, module.weight.dtype)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for adapter_name in self.active_adapters:
-            if self.peft_config[adapter_name].num_specialized:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Adds adapters to the base model's weights, as PEFT's tuners do.
+
+        Raises:
+            ValueError: If one of them routes, or a layer is quantised; nothing has been merged then.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self._routing.unfollow()
+        return model
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter_name in self.peft_config and self.peft_config[adapter_name].num_specialized:
                 raise ValueError(cannot_merge(adapter_name))
-        # Before any layer is merged.
         for module in self.model.modules():
             if isinstance(module, GSELayer):
                 module.check_mergeable()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._routing.unfollow()
-        return model
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -203,3 +234,10 @@ class GSEModel(BaseTuner):
             "adapters with experts cannot be combined into one: an average of routers routes as none of them; "
             "activate several with base_model.set_adapter([...]), which adds up what they do"
         )
+
+
+def _initialise(layers: Collection[GSELayer], adapter_name: str) -> None:
+    present = [layer for layer in layers if not layer.gse_A[adapter_name].is_meta]
+    quick = sum(layer.in_features * layer.out_features for layer in present) < _PROGRESS_FROM_ELEMENTS
+    for layer in tqdm(present, desc="Making experts", unit="layer", disable=True if quick else None):
+        layer.reset_gse_parameters(adapter_name)

@@ -41,7 +41,8 @@ class RoutingRecord:
 class RoutingLog:
     """
     Collects the routing of a model's layers in training, one forward pass at a time: it is cleared when the model is
-    called again. What a gradient checkpoint recomputes in the backward pass is not new, and not noted.
+    called again. Of a layer that runs more than once in a forward pass the last run counts: records of parts that are
+    called by themselves would pile up otherwise. What a gradient checkpoint recomputes in the backward pass is not new, and not noted.
 
     Attributes:
         records (`dict[tuple[str, str], RoutingRecord]`): By name of the layer and of the adapter.

@@ -221,3 +221,17 @@ def test_ranks_of_the_experts_fill_the_stack(one_layer):
     assert layer.gse_A["default"].shape == (11, 30)
     assert layer.gse_scaling["default"].shape == (4,)
     assert layer.gse_router["default"].shape == (3, 30)
+
+
+@pytest.mark.parametrize("options", [{}, {"autocast_adapter_dtype": False}])
+def test_what_is_frozen_stays_so_when_it_is_moved_or_cast(options, adapted, make_network):
+    network = make_network(dtype=torch.bfloat16)
+    model = adapted(network, GSEConfig(target_modules=["first"]), **options)
+    model.add_adapter("other", GSEConfig(target_modules=["first"]), **options)
+    layer, names = network.first, ("gse_A", "gse_B", "gse_router", "gse_scaling", "gse_backbone_A", "gse_backbone_B")
+    expected = {f"{name}.default" for name in names[:3]}
+    for device in ("cpu", "meta"):
+        for adapter in ("default", "other"):
+            layer._move_adapter_to_device_of_base_layer(adapter, torch.device(device))
+        assert {name for name, p in layer.named_parameters() if p.requires_grad} == expected
+        assert {getattr(layer, name)["other"].device.type for name in names} == {device}

@@ -115,6 +115,19 @@ def test_routing_cannot_be_merged(adapted, make_network):
     assert torch.equal(model.unload()(torch.ones(1, 24)), make_network()(torch.ones(1, 24)))
 
 
+def test_of_several_adapters_those_that_are_asked_for_are_merged(adapted, make_network):
+    model = adapted(make_network(), GSEConfig(target_modules=["first"]))
+    plain = GSEConfig(target_modules=["first"], num_experts=4, num_generalized=4, top_k=1)
+    model.add_adapter("plain", plain)
+    with pytest.raises(ValueError, match="'default' routes"):
+        model.merge_adapter(["plain", "default"])
+    first = model.get_base_model().first
+    assert not first.merged_adapters
+    # The one that is active routes.
+    model.merge_adapter(["plain"])
+    assert first.merged_adapters == ["plain"]
+
+
 def test_what_is_refused(adapted, make_network):
     model = adapted(make_network(), GSEConfig(target_modules=["first"]))
     with pytest.raises(NotImplementedError, match="cannot be combined into one"):
@@ -122,8 +135,13 @@ def test_what_is_refused(adapted, make_network):
     with pytest.raises(ValueError, match=r"adapter_names, .* set_adapter\(\)"):
         model(torch.ones(2, 24), adapter_names=["default", "__base__"])
     embedding = nn.Sequential(nn.Embedding(24, 24))
-    with pytest.raises(ValueError, match=r"0 is a Embedding; only torch.nn.Linear, transformers' Conv1D and bits"):
+    with pytest.raises(
+        ValueError, match=r"0 is a Embedding in torch.float32; only torch.nn.Linear, transformers' Conv1D and bits"
+    ):
         adapted(embedding, GSEConfig(target_modules=["0"]))
+    bytes_alone = make_network().to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"first is a Linear in torch.float8_e4m3fn; only torch"):
+        adapted(bytes_alone, GSEConfig(target_modules=["first"]))
 
 
 @pytest.mark.parametrize(

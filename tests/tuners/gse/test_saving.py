@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_aegis import GSEConfig
 from hf_aegis.tuners.gse import layer as layer_module
@@ -64,6 +65,27 @@ def test_an_adapter_is_loaded_beside_another(saved, make_llama, adapted, disturb
     model.load_adapter(saved / "adapter", "trained")
     model.set_adapter("trained")
     assert torch.equal(model.eval()(tokens()).logits, load_file(saved / "logits.safetensors")["logits"])
+
+
+@pytest.mark.parametrize("entrance", ["load_adapter", "from_pretrained"])
+def test_an_adapter_is_loaded_through_transformers(saved, make_llama, adapted, disturb, entrance, tmp_path):
+    """Which puts the saved tensors in the place of the placeholders, and knows no modules that train in full."""
+    folder = tmp_path / "experts_alone"
+    model = adapted(make_llama(), GSEConfig(target_modules=["q_proj", "down_proj"], r=11, num_experts=4))
+    disturb(model)
+    model.save_pretrained(folder)
+    expected = model.eval()(tokens()).logits
+    if entrance == "load_adapter":
+        loaded = make_llama()
+        loaded.load_adapter(str(folder))
+    else:
+        stored = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(
+            json.dumps(stored | {"base_model_name_or_path": str(saved / "base")})
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.eval()(tokens()).logits, expected)
+    assert not any(p.requires_grad for name, p in loaded.named_parameters() if "gse_backbone" in name)
 
 
 def test_the_configuration_comes_back(saved):
