@@ -42,7 +42,8 @@ class RoutingLog:
     """
     Collects the routing of a model's layers in training, one forward pass at a time: it is cleared when the model is
     called again. Of a layer that runs more than once in a forward pass the last run counts: records of parts that are
-    called by themselves would pile up otherwise. What a gradient checkpoint recomputes in the backward pass is not new, and not noted.
+    called by themselves would pile up otherwise. What a gradient checkpoint recomputes in the backward pass is not
+    new, and not noted.
 
     Attributes:
         records (`dict[tuple[str, str], RoutingRecord]`): By name of the layer and of the adapter.
