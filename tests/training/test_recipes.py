@@ -289,13 +289,16 @@ def test_an_ablation_differs_in_one_part(name):
     assert changed in ({"anchor"}, {"granularity"}, {"projection_eps"}, {"preserve", "penalties"})
 
 
-def test_the_embedded_recipe_is_the_condition_of_the_comparison():
-    own = read(RECIPES / "embedded_aegis.yaml")
+@pytest.mark.parametrize(
+    ("condition", "written_out"),
+    [("aegis", {"dual_backward": "streaming", "granularity": "layer"}), ("vla_gse", {})],
+)
+def test_the_embedded_recipe_is_the_condition_of_the_comparison(condition, written_out):
+    own = read(RECIPES / f"embedded_{condition}.yaml")
     conditions, _ = resolve("compare_embedded")
-    written_out = {"dual_backward": "streaming", "granularity": "layer"}
     apart = ("output_dir", "seed", "anchor", "use_cpu")
-    # AEGIS replays nothing.
-    expected = {**written_out, **conditions["aegis"]}
+    # Neither replays anything.
+    expected = {**written_out, **conditions[condition]}
     expected.pop("replay_samples")
     assert {k: v for k, v in own.items() if k not in apart} == {k: v for k, v in expected.items() if k not in apart}
 
