@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoder import random_decoder
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2ForCausalLM
 
 from hf_aegis import GSEConfig
 from hf_aegis.functional.expert_routing import load_balance_loss
@@ -77,21 +78,9 @@ class LoopOverExperts(nn.Module):
 
 
 def build(arguments: argparse.Namespace) -> Gemma2ForCausalLM:
-    """A random Gemma2 decoder whose layers outweigh its embeddings."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        hidden_size=arguments.width,
-        intermediate_size=4 * arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=arguments.width // 8,
-        vocab_size=512,
-        max_position_embeddings=arguments.tokens,
-        attn_implementation="eager",
-        use_cache=False,
-    )
-    model = Gemma2ForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype)).train()
+    """The decoder, where and how the arguments say."""
+    model = random_decoder(arguments.width, arguments.layers, arguments.tokens)
+    model.to(arguments.device, getattr(torch, arguments.dtype))
     if arguments.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

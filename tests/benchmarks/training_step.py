@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from decoder import random_decoder
+from transformers import Gemma2ForCausalLM
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.gradients import GradientShield, HeldSubspace
@@ -40,21 +41,8 @@ class Variant(NamedTuple):
 
 
 def build(arguments: argparse.Namespace, checkpointing: bool) -> tuple[Gemma2ForCausalLM, dict, ActivationAnchor]:
-    """A random Gemma2 decoder whose layers outweigh its embeddings, one batch, and an anchor of other inputs."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        hidden_size=arguments.width,
-        intermediate_size=4 * arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=arguments.width // 8,
-        vocab_size=512,
-        max_position_embeddings=arguments.tokens,
-        attn_implementation="eager",
-        use_cache=False,
-    )
-    model = Gemma2ForCausalLM(config).train()
+    """The decoder, one batch, and an anchor of other inputs."""
+    model = random_decoder(arguments.width, arguments.layers, arguments.tokens)
     shape = (arguments.batch, arguments.tokens)
     other = {"input_ids": torch.randint(512, shape), "attention_mask": torch.ones(shape)}
     options = SubspaceOptions(energy=0.99, sensitivity=True)

@@ -96,7 +96,6 @@ def test_a_dropped_step_leaves_nothing_behind(case):
     optimizer.zero_grad()
     optimizer.step()
     assert not updates._references
-    assert not any(case.loss().isnan().flatten())
     fresh = copy.deepcopy(case)
     found = step(case, optimizer, shield)
     other = GradientShield(fresh.model, fresh.anchor)
