@@ -28,6 +28,10 @@ _PANELS: dict[str, dict[str, str]] = {
         "l2sp": "L2-SP",
         "feature_distillation": "feature distillation",
     },
+    "penalties, weaker": {
+        "l2sp_1e-2": "L2-SP, 0.01",
+        "l2sp_1e-3": "L2-SP, 0.001",
+    },
     "replayed VQA data": {
         "a_gem": "A-GEM",
         "pcgrad": "PCGrad",
@@ -56,6 +60,15 @@ _PANELS: dict[str, dict[str, str]] = {
         "subspace_soft": "held subspace, soft",
         "subspace_unfrozen": "held subspace, norms free",
         "pairs_both": "held pairs + AEGIS",
+    },
+    "other rates": {
+        "naive_lr_3e-4": "naive, rate 3e-4",
+        "naive_lr_2e-3": "naive, rate 2e-3",
+    },
+    "held pairs, other rates": {
+        "pairs_90_lr_3e-4": "held pairs, 90 %, rate 3e-4",
+        "pairs_90_lr_2e-3": "held pairs, 90 %, rate 2e-3",
+        "pairs_99_lr_2e-3": "held pairs, 99 %, rate 2e-3",
     },
     "AEGIS: what is projected": {
         "aegis_global": "AEGIS, global",
@@ -103,12 +116,19 @@ _PANELS: dict[str, dict[str, str]] = {
     },
 }
 _METHODS = {name for title, members in _PANELS.items() if not title.startswith("AEGIS:") for name in members}
-# Stars of four and of six points; matplotlib has letters for the others.
-_STAR_4, _STAR_6 = (4, 1, 0), (6, 1, 0)
+# A variant of AEGIS beside others, a method where it is alone.
+_METHODS_TOO = ("transport_loss",)
+# Stars by their number of points, one of them upside down; matplotlib has letters for the others.
+_STAR_3, _STAR_3_DOWN, _STAR_4, _STAR_6, _STAR_8 = (3, 1, 0), (3, 1, 180), (4, 1, 0), (6, 1, 0), (8, 1, 0)
 _MARKERS: tuple[Any, ...] = (
-    *("s^D", "v<>", "hP*d"),
+    *("s^D", "v<>"),
+    (_STAR_8, _STAR_3),
+    "hP*d",
     ("8", "H", _STAR_6, "P"),
-    *("<s^*", ">v<^", "pDd", "D*sv", "^dP", "P>vp"),
+    *("<s^*", ">v<^", "pDd"),
+    (_STAR_3, _STAR_3_DOWN),
+    (_STAR_3_DOWN, _STAR_8, _STAR_3),
+    *("D*sv", "^dP", "P>vp"),
     ("*", "h", _STAR_4, "s"),
     *("d8h", "Hp8"),
     (_STAR_6, _STAR_4, "H"),
@@ -136,7 +156,10 @@ class Panel(NamedTuple):
 
 
 def condition_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, line style, marker and label of each condition; conditions unknown here take turns."""
+    """
+    Colour, line style, marker and label of each condition; conditions unknown here take turns. Where there are
+    few, all colours and markers differ: a condition whose own is taken gets one that is free.
+    """
     styles: dict[str, dict[str, Any]] = {}
     unknown = 0
     for name in names:
@@ -148,7 +171,23 @@ def condition_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         label = name.removeprefix("aegis_") if is_variant(name) else name
         styles[name] = {**look, "label": ("AEGIS, " if label != name else "") + label.replace("_", " ")}
         unknown += 1
+    others = [name for name in styles if styles[name]["color"] in _OTHERS]
+    if len(others) <= len(_OTHERS):
+        looks = [{"color": color, "linestyle": line} for color, line in zip(_OTHERS, _LINES, strict=True)]
+        _tell_apart(styles, others, "color", looks)
+        _tell_apart(styles, others, "marker", [{"marker": marker} for marker in "s^Dv"])
     return styles
+
+
+def _tell_apart(
+    styles: dict[str, dict[str, Any]], names: Sequence[str], trait: str, looks: Sequence[dict[str, Any]]
+) -> None:
+    """Gives a free one of `looks` to each of `names` whose `trait` an earlier one of them has."""
+    taken = [styles[name][trait] for name in names]
+    free = [look for look in looks if look[trait] not in taken]
+    for position, name in enumerate(names):
+        if taken[position] in taken[:position]:
+            styles[name] = {**styles[name], **free.pop(0)}
 
 
 def condition_order(names: Iterable[str]) -> list[str]:
@@ -194,6 +233,8 @@ def split_ablations(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     ordered = condition_order(names)
     variants = [name for name in ordered if is_variant(name)]
+    if all(name in _METHODS_TOO for name in variants):
+        variants = []
     methods = [name for name in ordered if name not in variants]
     if not variants:
         return methods, []

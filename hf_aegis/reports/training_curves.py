@@ -223,7 +223,7 @@ def _plot(runs: SeedRuns, curves: Sequence[_Curve], path: Path, before_training:
 
 
 def _draw_panel(axis: Any, runs: SeedRuns, panel: Panel, curve: _Curve) -> None:
-    styles = condition_styles(runs)
+    styles = condition_styles([*panel.references, *panel.conditions])
     for name in panel.references:
         faint = {"alpha": 0.45, "linewidth": 1.3, "marker": "", "label": f"{styles[name]['label']} (again)"}
         _draw(axis, runs[name], curve, {**styles[name], **faint}, reference=True)

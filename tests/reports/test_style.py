@@ -59,6 +59,16 @@ def test_unknown_conditions_get_different_looks():
     assert styles["naive"] is CONDITION_STYLES["naive"]
 
 
+def test_colours_of_few_conditions_all_differ():
+    names = ["naive", "aegis", "lora", "l2sp", "pairs_90", "feature_distillation"]
+    assert len({CONDITION_STYLES[name]["color"] for name in names}) < len(names)
+    styles = condition_styles(names)
+    for trait in ("color", "linestyle", "marker"):
+        assert len({str(style[trait]) for style in styles.values()}) == len(names), trait
+    # A condition keeps its own colour where it can.
+    assert all(styles[name] is CONDITION_STYLES[name] for name in names[:4])
+
+
 def test_variants_of_aegis_are_set_apart():
     assert split_ablations(["aegis_eps", "ewc", "aegis", "naive", "aegis_lora"]) == (
         ["naive", "aegis", "ewc", "aegis_lora"],
@@ -85,7 +95,7 @@ def test_ablations_alone_are_all_together():
     assert "AEGIS: other variants" not in {panel.title for panel in condition_panels(["aegis_lora", *names[:3]])}
 
 
-@pytest.mark.parametrize("recipe", ["compare_embedded", "ablations_embedded", "why_embedded"])
+@pytest.mark.parametrize("recipe", ["compare_embedded", "ablations_embedded", "why_embedded", "study_embedded"])
 def test_conditions_of_shipped_comparisons_have_looks(recipe):
     path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
     names = yaml.safe_load(path.read_text())["conditions"].keys()
