@@ -147,8 +147,8 @@ def _vqa(material: Material, conditions: Sequence[str], path: Path) -> str:
         "The same questions, asked again and again while the model learns to act. "
         f"{_sides(runs, meaning)} The dotted line is the level before training. {_bands(runs)}{_rows(runs)}"
         + (
-            " Weights that are interpolated after training follow naive's curve until then."
-            if "weight_interpolation" in runs
+            " Weights that go back after training follow the curve of that training until then."
+            if any(name == "weight_interpolation" or "_within_" in name for name in runs)
             else ""
         )
     )

@@ -66,6 +66,7 @@ COLUMNS = (
     Column("action_mse", "open-loop action MSE", ".4f"),
     Column("fast_action_mse", "FAST open-loop action MSE", ".4f"),
     Column("fast_decode_failures", "FAST chunks not decodable", ".0f"),
+    Column("weight_share", "share of the update left (%)", ".0f", 100),
     Column("step_ms", "step (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),

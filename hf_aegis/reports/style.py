@@ -61,6 +61,12 @@ _PANELS: dict[str, dict[str, str]] = {
         "subspace_unfrozen": "held subspace, norms free",
         "pairs_both": "held pairs + AEGIS",
     },
+    "taken back to within 5 %": {
+        "naive_within_5": "naive, within 5 %",
+        "aegis_within_5": "AEGIS, within 5 %",
+        "lora_within_5": "LoRA, within 5 %",
+        "pairs_90_within_5": "held pairs, within 5 %",
+    },
     "other rates": {
         "naive_lr_3e-4": "naive, rate 3e-4",
         "naive_lr_2e-3": "naive, rate 2e-3",
@@ -126,6 +132,7 @@ _MARKERS: tuple[Any, ...] = (
     "hP*d",
     ("8", "H", _STAR_6, "P"),
     *("<s^*", ">v<^", "pDd"),
+    ((7, 0, 0), (9, 1, 0), (10, 1, 0), (7, 1, 0)),
     (_STAR_3, _STAR_3_DOWN),
     (_STAR_3_DOWN, _STAR_8, _STAR_3),
     *("D*sv", "^dP", "P>vp"),

@@ -36,7 +36,7 @@ from hf_aegis.training.run_inputs import (
 )
 from hf_aegis.training.run_lock import locked_folder
 from hf_aegis.training.run_scores import action_errors, certified_deviations, projection_means, question_scores
-from hf_aegis.training.weight_interpolation import interpolate_weights
+from hf_aegis.training.weight_interpolation import WeightPath
 
 
 RESULT_FILE = "result.json"
@@ -58,6 +58,7 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
         `dict`: On the final questions, if there are any, `vqa_cross_entropy` and `vqa_accuracy` with their 95 %
         intervals, `vqa_any_match` where all annotators' answers are known, and accuracies by type; on the held-out
         demonstrations `flow_mse` and `action_mse`; with a discrete head `fast_action_mse` and `fast_decode_failures`;
+        with interpolated weights `weight_share`, the share of the fine-tuned ones;
         with a reference gradient the means of its figures over training; with a certificate `certificate_layers` (the
         largest deviation of a layer), `certificate_logits` and `certificate_divergence` at the end of training;
         `step_ms`, `peak_memory_mb`, `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced
@@ -99,7 +100,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     holdout = VQAHoldout(questions, processor) if (questions := load_holdout(run)) else None
     certified = questions[: run.certificate_samples]
     final_questions = load_final_questions(run)
-    replay = load_replayed_questions(run) if args.needs_replay else None
+    replayed = load_replayed_questions(run) if args.needs_replay or run.keep_within is not None else None
     if not model.config.flow_gradient_to_vlm and run.fast is None:
         # No loss would reach it.
         model.model.requires_grad_(False)
@@ -120,7 +121,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         trained,
         args,
         anchor=anchor,
-        replay_dataset=replay,
+        replay_dataset=replayed if args.needs_replay else None,
         replay_collator=VQACollator(processor),
         vqa_holdout=holdout,
         certificate_batches=_batches(certified, VQACollator(processor), 16) if certified else None,
@@ -131,12 +132,11 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         callbacks=[ResourceCallback()],
     )
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    kept = trainer.preservation.weights
-    pretrained = {} if run.weight_interpolation is None else {name: p.detach().clone() for name, p in kept.items()}
+    pretrained = _pretrained(trainer) if run.interpolates else {}
     experts = ExpertSpectra(trained) if run.gse is not None else None
     trainer.train(resume_from_checkpoint=True)
-    if run.weight_interpolation is not None:
-        interpolate_weights(kept, pretrained, run.weight_interpolation)
+    if run.interpolates:
+        share = _interpolate(trainer, pretrained, run, VQAHoldout(replayed, processor) if replayed else None)
     if isinstance(trainer.model, PeftModel):
         # What is measured is what is saved, rounding included.
         trainer.save_model(str(folder / ADAPTER_FOLDER))
@@ -144,7 +144,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
             trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     # Experts stay on it: what routes cannot be merged.
     policy = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
-    unchanged = run.weight_interpolation is None and run.lora is None
+    unchanged = not run.interpolates and run.lora is None
     flow = (_last_evaluation(trainer) if unchanged else None) or trainer.evaluate()
     scores, asked = question_scores(policy, processor, final_questions) if final_questions else ({}, None)
     # The Trainer may replace its callbacks when it resumes.
@@ -158,6 +158,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),
         **(certified_deviations(folder) if certified else {}),
+        **({"weight_share": share} if run.interpolates else {}),
         "skipped_steps": trainer.non_finite_guard.skipped_steps,
         "unprotected_steps": trainer.unprotected_steps,
         "fingerprints": {
@@ -181,6 +182,37 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
     return result
+
+
+def _pretrained(trainer: AEGISTrainer) -> dict[str, torch.Tensor]:
+    """
+    A copy of the weights that are to go back. Those of LoRA's first matrices stay out: its update starts at zero, and
+    goes back to it, by the second ones alone.
+    """
+    weights = {name: p for name, p in trainer.preservation.weights.items() if ".lora_A." not in name}
+    if started := [name for name, p in weights.items() if ".lora_B." in name and bool(p.any())]:
+        raise ValueError(
+            f"weights go back to the pre-trained ones only where LoRA starts at zero: {started[0]} does not"
+        )
+    return {name: p.detach().clone() for name, p in weights.items()}
+
+
+def _interpolate(
+    trainer: AEGISTrainer, pretrained: dict[str, torch.Tensor], run: RunArguments, questions: VQAHoldout | None
+) -> float:
+    """Goes back towards the pre-trained weights, and says how large a share of the way from them is left."""
+    path = WeightPath({name: trainer.preservation.weights[name] for name in pretrained}, pretrained)
+    if run.weight_interpolation is not None:
+        path.go_to(run.weight_interpolation)
+        return run.weight_interpolation
+    assert run.keep_within is not None and questions is not None
+
+    def loss() -> float:
+        entropy = questions.evaluate_cross_entropy(trainer.model).cross_entropy
+        assert entropy is not None
+        return entropy
+
+    return path.keep_within(loss, run.keep_within)
 
 
 def _batches(samples: Sequence[Any], collate: Callable[[list[Any]], Any], size: int) -> list[Any]:

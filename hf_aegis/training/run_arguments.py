@@ -34,7 +34,10 @@ class RunArguments:
             tokenizer is fitted on the training actions, and the language model learns to predict their tokens.
         weight_interpolation (`float`, *optional*):
             After training, the vision-language model's weights become this share of the fine-tuned and the rest of the
-            pre-trained ones.
+            pre-trained ones; of LoRA, its update is scaled by it.
+        keep_within (`float`, *optional*):
+            The share is the largest, of sixteenths, at which the cross-entropy on the replayed questions is at most
+            this much above the pre-trained model's, in its terms (0.05 is five percent).
         dtype (`str`, *optional*, defaults to `"float32"`):
             Of the weights: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes
             in bfloat16 on float32 weights. `hf-aegis anchor` collects in the first two alone, and in float16 gradients
@@ -77,6 +80,9 @@ class RunArguments:
     weight_interpolation: float | None = field(
         default=None, metadata={"help": "Share of the fine-tuned weights in the final model."}
     )
+    keep_within: float | None = field(
+        default=None, metadata={"help": "Choose that share by how much cross-entropy on replayed questions may rise."}
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
         default="float32", metadata={"help": "Dtype of the weights."}
     )
@@ -93,6 +99,11 @@ class RunArguments:
     action_samples: int = field(default=256, metadata={"help": "Held-out chunks whose actions are sampled."})
     certificate_samples: int = field(default=0, metadata={"help": "Questions of the hold-out for the certificate."})
     analysis_samples: int = field(default=0, metadata={"help": "Samples of spectra and hidden states."})
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether weights go back towards the pre-trained ones when training has ended."""
+        return self.weight_interpolation is not None or self.keep_within is not None
 
     def check(self) -> None:
         """
@@ -123,11 +134,13 @@ class RunArguments:
             raise ValueError(f"weight_interpolation must lie in [0, 1], found {self.weight_interpolation}")
         if self.lora is not None and self.gse is not None:
             raise ValueError("lora and gse are adapters of the same layers: they cannot be combined")
-        for name in ("lora", "gse"):
-            if self.weight_interpolation is not None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"weight_interpolation is of weights that train in full: it cannot be combined with {name}"
-                )
+        if self.keep_within is not None and not 0 <= self.keep_within < math.inf:
+            raise ValueError(f"keep_within must not be negative, found {self.keep_within}")
+        if self.keep_within is not None and self.weight_interpolation is not None:
+            raise ValueError("keep_within chooses the share that weight_interpolation gives: set one of them")
+        if self.interpolates and self.gse is not None:
+            name = "weight_interpolation" if self.keep_within is None else "keep_within"
+            raise ValueError(f"{name} is of weights, which routed experts have no path back to: it excludes gse")
         if self.expert is not None:
             _check_expert(self.expert)
         if self.lora is not None:

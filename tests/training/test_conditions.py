@@ -14,7 +14,6 @@ from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.training.adapters import add_lora
 from hf_aegis.training.json_lines import JSONLines
 from hf_aegis.training.run import RunArguments, run_training
-from hf_aegis.training.weight_interpolation import interpolate_weights
 
 
 EXPERT = {"expert_hidden_size": 16, "expert_num_layers": 1, "expert_num_heads": 2, "expert_intermediate_size": 32}
@@ -168,18 +167,33 @@ def test_weights_are_interpolated_after_naive_training(train):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_interpolation_at_its_ends_and_bad_shares():
-    parameter = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
-    interpolate_weights({"w": parameter}, {"w": torch.tensor([0.0, 1.0])}, 1.0)
-    assert parameter.tolist() == [2.0, 3.0]
-    interpolate_weights({"w": parameter}, {"w": torch.tensor([0.0, 1.0])}, 0.25)
-    assert parameter.tolist() == [0.5, 1.5]
-    interpolate_weights({"w": parameter}, {"w": torch.tensor([0.0, 1.0])}, 0.0)
-    assert parameter.tolist() == [0.0, 1.0]
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], found 1.5"):
-        interpolate_weights({}, {}, 1.5)
-    with pytest.raises(ValueError, match="no pre-trained weights of 'w'"):
-        interpolate_weights({"w": parameter}, {}, 0.5)
+def test_update_of_lora_is_scaled(train):
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": ".*language_model.*(q|down)_proj"}
+    _, whole = train(folder="whole", preserve="none", run_changes={"lora": lora})
+    result, quarter = train(
+        folder="quarter", preserve="none", run_changes={"lora": lora, "weight_interpolation": 0.25}
+    )
+    assert result["weight_share"] == 0.25
+    start = fresh().state_dict()
+    moved = 0
+    for name, value in quarter.state_dict().items():
+        end = whole.state_dict()[name]
+        expected = end if name.startswith("action_expert.") else torch.lerp(start[name], end, 0.25)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7, msg=name)
+        moved += not torch.equal(value, start[name]) and "q_proj" in name
+    assert moved
+
+
+def test_weights_go_back_until_questions_are_answered_as_well_as_asked_for(train):
+    questions = {"replay_samples": 24, "vqa_final_samples": 24, "vqa_final_split": "train"}
+    before, _ = train(folder="before", preserve="none", steps=1, learning_rate=0.0, run_changes=questions)
+    naive, _ = train(folder="naive", preserve="none", run_changes=questions)
+    kept, _ = train(folder="kept", preserve="none", run_changes=questions | {"keep_within": 0.05})
+    limit = 1.05 * before["vqa_cross_entropy"]
+    assert naive["vqa_cross_entropy"] > limit
+    # The questions that are asked in the end are those that were to be kept.
+    assert kept["vqa_cross_entropy"] <= limit
+    assert 0 <= kept["weight_share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,13 @@ def test_interpolation_at_its_ends_and_bad_shares():
     [
         ({"fast": {"size": 3}}, "fast: unknown key 'size'"),
         ({"weight_interpolation": 2.0}, r"weight_interpolation must lie in \[0, 1\], found 2.0"),
-        ({"weight_interpolation": 0.5, "lora": {}}, "cannot be combined with lora"),
+        ({"weight_interpolation": 0.5, "keep_within": 0.1}, "set one of them"),
+        ({"keep_within": -0.1}, "keep_within must not be negative, found -0.1"),
+        ({"keep_within": 0.1, "gse": {}}, "keep_within is of weights"),
+        (
+            {"weight_interpolation": 0.5, "lora": {"init_lora_weights": False}},
+            "only where LoRA starts at zero: .*lora_B.* does not",
+        ),
         ({"action_samples": -1}, "action_samples must not be negative, found -1"),
     ],
 )

@@ -155,7 +155,7 @@ def test_a_run_through_experts(preserve, demonstrations, flow_anchor, make_args,
         ({"gse": {"rank": 3}}, "gse: unknown key 'rank', expected some of .*'num_experts'"),
         ({"gse": {"r": 3}}, "gse: r must be an integer of at least num_experts"),
         ({"gse": {}, "lora": {}}, "lora and gse are adapters of the same layers"),
-        ({"gse": {}, "weight_interpolation": 0.5}, "it cannot be combined with gse"),
+        ({"gse": {}, "weight_interpolation": 0.5}, "weight_interpolation is of weights.* it excludes gse"),
     ],
 )
 def test_wrong_arguments_are_refused_early(changes, message):
