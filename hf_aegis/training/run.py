@@ -36,6 +36,7 @@ from hf_aegis.training.run_inputs import (
 )
 from hf_aegis.training.run_lock import locked_folder
 from hf_aegis.training.run_scores import action_errors, certified_deviations, projection_means, question_scores
+from hf_aegis.training.settling import settle_expert
 from hf_aegis.training.weight_interpolation import WeightPath
 
 
@@ -137,6 +138,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     trainer.train(resume_from_checkpoint=True)
     if run.interpolates:
         share = _interpolate(trainer, pretrained, run, VQAHoldout(replayed, processor) if replayed else None)
+        if run.settling_steps:
+            settle_expert(trainer, run.settling_steps)
     if isinstance(trainer.model, PeftModel):
         # What is measured is what is saved, rounding included.
         trainer.save_model(str(folder / ADAPTER_FOLDER))

@@ -38,6 +38,8 @@ class RunArguments:
         keep_within (`float`, *optional*):
             The share is the largest, of sixteenths, at which the cross-entropy on the replayed questions is at most
             this much above the pre-trained model's, in its terms (0.05 is five percent).
+        settling_steps (`int`, *optional*, defaults to `0`):
+            Steps of the action expert alone, on the weights that have gone back.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Of the weights: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. `bf16` of [`AEGISConfig`] computes
             in bfloat16 on float32 weights. `hf-aegis anchor` collects in the first two alone, and in float16 gradients
@@ -83,6 +85,7 @@ class RunArguments:
     keep_within: float | None = field(
         default=None, metadata={"help": "Choose that share by how much cross-entropy on replayed questions may rise."}
     )
+    settling_steps: int = field(default=0, metadata={"help": "Steps of the expert alone on weights gone back."})
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
         default="float32", metadata={"help": "Dtype of the weights."}
     )
@@ -116,8 +119,8 @@ class RunArguments:
             choices = get_args(get_type_hints(RunArguments)[name])
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        counts = ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "certificate_samples")
-        for name in (*counts, "analysis_samples"):
+        counts = ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "settling_steps")
+        for name in (*counts, "certificate_samples", "analysis_samples"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}")
         for name in ("chunk_size", "held_out_per_task", "replay_samples"):
@@ -138,6 +141,8 @@ class RunArguments:
             raise ValueError(f"keep_within must not be negative, found {self.keep_within}")
         if self.keep_within is not None and self.weight_interpolation is not None:
             raise ValueError("keep_within chooses the share that weight_interpolation gives: set one of them")
+        if self.settling_steps and not self.interpolates:
+            raise ValueError("settling_steps follow weights that go back: set keep_within or weight_interpolation too")
         if self.interpolates and self.gse is not None:
             name = "weight_interpolation" if self.keep_within is None else "keep_within"
             raise ValueError(f"{name} is of weights, which routed experts have no path back to: it excludes gse")

@@ -196,12 +196,23 @@ def test_weights_go_back_until_questions_are_answered_as_well_as_asked_for(train
     assert 0 <= kept["weight_share"] < 1
 
 
+def test_expert_settles_alone_on_weights_that_went_back(train):
+    _, half = train(folder="half", preserve="none", run_changes={"weight_interpolation": 0.5})
+    result, settled = train(
+        folder="settled", preserve="none", run_changes={"weight_interpolation": 0.5, "settling_steps": 3}
+    )
+    assert result["flow_mse"] > 0
+    changed = {name for name, value in settled.state_dict().items() if not torch.equal(value, half.state_dict()[name])}
+    assert changed and all(name.startswith("action_expert.") for name in changed)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"fast": {"size": 3}}, "fast: unknown key 'size'"),
         ({"weight_interpolation": 2.0}, r"weight_interpolation must lie in \[0, 1\], found 2.0"),
         ({"weight_interpolation": 0.5, "keep_within": 0.1}, "set one of them"),
+        ({"settling_steps": 5}, "set keep_within or weight_interpolation too"),
         ({"keep_within": -0.1}, "keep_within must not be negative, found -0.1"),
         ({"keep_within": 0.1, "gse": {}}, "keep_within is of weights"),
         (
