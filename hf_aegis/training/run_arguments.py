@@ -37,7 +37,8 @@ class RunArguments:
             pre-trained ones; of LoRA, its update is scaled by it.
         keep_within (`float`, *optional*):
             The share is the largest, of sixteenths, at which the cross-entropy on the replayed questions is at most
-            this much above the pre-trained model's, in its terms (0.05 is five percent).
+            this much above the pre-trained model's, in its terms (0.05 is five percent). Where weights are held, these
+            should be others than the anchor's, on which they change least: see `replay_seed`.
         settling_steps (`int`, *optional*, defaults to `0`):
             Steps of the action expert alone, on the weights that have gone back.
         dtype (`str`, *optional*, defaults to `"float32"`):
@@ -54,7 +55,8 @@ class RunArguments:
         replay_dataset (`str`, *optional*, defaults to `"easy-vqa"`):
             Questions that methods with replay or Fisher information learn from.
         replay_split (`str`, *optional*, defaults to `"train"`): Their split.
-        replay_samples (`int`, *optional*, defaults to `3000`): How many, selected by `vqa_seed`.
+        replay_samples (`int`, *optional*, defaults to `3000`): How many.
+        replay_seed (`int`, *optional*): Selects them; by default `vqa_seed`.
         action_samples (`int`, *optional*, defaults to `256`):
             Held-out chunks, evenly spaced, whose sampled actions are compared with the recorded ones; 0 for none.
         certificate_samples (`int`, *optional*, defaults to `0`):
@@ -99,6 +101,7 @@ class RunArguments:
     replay_dataset: str = field(default="easy-vqa", metadata={"help": "Questions that are replayed."})
     replay_split: str = field(default="train", metadata={"help": "Their split."})
     replay_samples: int = field(default=3000, metadata={"help": "How many of them."})
+    replay_seed: int | None = field(default=None, metadata={"help": "Selects them; default: vqa_seed."})
     action_samples: int = field(default=256, metadata={"help": "Held-out chunks whose actions are sampled."})
     certificate_samples: int = field(default=0, metadata={"help": "Questions of the hold-out for the certificate."})
     analysis_samples: int = field(default=0, metadata={"help": "Samples of spectra and hidden states."})
@@ -119,7 +122,7 @@ class RunArguments:
             choices = get_args(get_type_hints(RunArguments)[name])
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
-        counts = ("vqa_samples", "vqa_final_samples", "vqa_seed", "action_samples", "settling_steps")
+        counts = ("vqa_samples", "vqa_final_samples", "vqa_seed", "replay_seed", "action_samples", "settling_steps")
         for name in (*counts, "certificate_samples", "analysis_samples"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}")

@@ -30,19 +30,20 @@ def fit_action_tokenizer(run: RunArguments, dataset: LiberoDataset) -> FASTToken
 
 def load_holdout(run: RunArguments) -> Sequence[VQASample]:
     """Questions asked during training; may be none."""
-    return _questions(run, run.vqa_dataset, run.vqa_split, run.vqa_samples)
+    return _questions(run.vqa_dataset, run.vqa_split, run.vqa_samples, run.vqa_seed)
 
 
 def load_final_questions(run: RunArguments) -> Sequence[VQASample]:
     """Questions asked after training; may be none."""
     dataset, split = run.vqa_final_dataset or run.vqa_dataset, run.vqa_final_split or run.vqa_split
-    return _questions(run, dataset, split, run.vqa_final_samples)
+    return _questions(dataset, split, run.vqa_final_samples, run.vqa_seed)
 
 
 def load_replayed_questions(run: RunArguments) -> Sequence[VQASample]:
     """Questions that methods with replay or Fisher information learn from."""
-    return _questions(run, run.replay_dataset, run.replay_split, run.replay_samples)
+    seed = run.vqa_seed if run.replay_seed is None else run.replay_seed
+    return _questions(run.replay_dataset, run.replay_split, run.replay_samples, seed)
 
 
-def _questions(run: RunArguments, dataset: str, split: str, samples: int | None) -> Sequence[VQASample]:
-    return [] if samples == 0 else load_vqa(dataset, split, samples, seed=run.vqa_seed)
+def _questions(dataset: str, split: str, samples: int | None, seed: int) -> Sequence[VQASample]:
+    return [] if samples == 0 else load_vqa(dataset, split, samples, seed=seed)
