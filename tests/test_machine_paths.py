@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_aegis.reports.machine_paths import without_machine_paths
+from hf_aegis.machine_paths import portable_name, without_machine_paths
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,14 @@ def test_texts_are_found_at_any_depth():
         "rate": 0.1,
     }
     assert settings["model"] == "/data/vlm"
+
+
+def test_portable_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "policy").mkdir(parents=True)
+    commit = "0123456789" * 4
+    assert portable_name("google/paligemma2-3b-mix-224") == "google/paligemma2-3b-mix-224"
+    assert portable_name("outputs/policy") == "policy"
+    assert portable_name(tmp_path / "outputs" / "policy" / "") == "policy"
+    assert portable_name("/gone/policy") == "policy"
+    assert portable_name(f"/home/me/hub/models--org--policy-1/snapshots/{commit}") == "org/policy-1"
