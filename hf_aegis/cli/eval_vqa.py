@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from hf_aegis.data.vqa import VQA_PROMPT
     from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
-    from hf_aegis.evaluation.hub_commit import hub_commit
+    from hf_aegis.hub import hub_commit
     from hf_aegis.evaluation.vqa_survey import survey
 
     # A wrong option should not cost the loading of a large model first.

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from hf_aegis.evaluation.hub_commit import hub_commit
+from hf_aegis.hub import hub_commit
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

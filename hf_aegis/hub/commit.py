@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from hf_aegis.hub.redaction import redacted
+
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def hub_commit(kind: Literal["model", "dataset"], source: str, revision: str | N
             "the commit of the %s %s is not known, so that a change of its branch would go unnoticed: %s",
             kind,
             source,
-            " ".join(str(error).split()),
+            redacted(" ".join(str(error).split())),
         )
         return revision
     return commit or revision
