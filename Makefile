@@ -12,10 +12,10 @@ export PYOPENGL_PLATFORM ?= osmesa
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system lock demo test test-slow lint format bench pretrain record clean
+.PHONY: help setup system lock demo test test-slow lint format bench pretrain demo-checkpoints record clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: system $(VENV)/.installed  ## build .venv from the lock file
 
@@ -60,6 +60,9 @@ bench: setup  ## time and memory of training steps that keep knowledge, as ratio
 
 pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml
+
+demo-checkpoints: demo  ## put the demo's policies into the package
+	$(BIN)/python recipes/demo_checkpoints.py --demo outputs/demo --output_dir hf_aegis/assets/demo
 
 record: setup  ## record the demonstrations that ship with the demo (resumable)
 	$(BIN)/hf-aegis data record-libero --config recipes/libero_demo_record.yaml \
