@@ -4,9 +4,9 @@ Turns the runs of `hf-aegis demo` into the checkpoints that ship with the packag
     hf-aegis demo --output_dir outputs/demo
     python recipes/demo_checkpoints.py --demo outputs/demo --output_dir hf_aegis/assets/demo
 
-Each condition's folder loads by itself: weights in bfloat16, processor, recipe. Its figures are measured again after the
-rounding, on the demo's own questions, and its curves are kept as far as they are drawn. Nothing in it names a path of
-the machine it was made on.
+Each condition's folder loads by itself: weights in bfloat16, processor, recipe. Its figures are measured again after
+the rounding, on the demo's own questions, and its curves are kept as far as they are drawn. Nothing in it names a path
+of the machine it was made on.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from hf_aegis.assets import DEMO_CHECKPOINTS
 from hf_aegis.atomic_files import write_text
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
-from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.machine_paths import without_machine_paths
+from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.training.json_lines import METRICS_FILE, JSONLines
 
 
@@ -104,13 +104,13 @@ def ship(demo: Path, condition: str, folder: Path) -> dict[str, Any]:
 
 def card(scores: dict[str, Any]) -> str:
     """The model card of a shipped checkpoint, from its `evaluation.json`."""
-    row = "| {name} | {before[accuracy]:.1%} | {after[accuracy]:.1%} | {before[cross_entropy]:.4f} | {after[cross_entropy]:.4f} |"
-    kinds = scores["vqa"]["by_type"]
+    before, after = scores["vqa_before"], scores["vqa"]
+    rows = [(name, before["by_type"][name], row) for name, row in after["by_type"].items()]
     table = [
-        row.format(name=name, before=scores["vqa_before"]["by_type"][name], after=after)
-        for name, after in kinds.items()
+        f"| {name} | {old['accuracy']:.1%} | {new['accuracy']:.1%} "
+        f"| {old['cross_entropy']:.4f} | {new['cross_entropy']:.4f} |"
+        for name, old, new in [*rows, ("all", before, after)]
     ]
-    table.append(row.format(name="all", before=scores["vqa_before"], after=scores["vqa"]))
     return MODEL_CARD.read_text().format(
         condition=scores["condition"],
         how=_NAMES[scores["condition"]],
