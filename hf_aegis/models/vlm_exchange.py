@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+from hf_aegis.machine_paths import portable_name
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
 
 
@@ -59,8 +60,13 @@ def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any
         raise ValueError(
             f"not a field of the action expert: {', '.join(unknown)}; there are {', '.join(sorted(_FLOW_FIELDS))}"
         )
-    name = {"vlm_name_or_path": vlm.name_or_path or None}
-    return _convert(vlm.config, PaliGemmaFlowConfig, name | overrides)  # type: ignore[return-value]
+    # A folder of this machine means nothing elsewhere.
+    name = portable_name(vlm.name_or_path) if vlm.name_or_path else None
+    origin = {"vlm_name_or_path": name, "vlm_revision": getattr(vlm.config, "_commit_hash", None)}
+    config: Any = _convert(vlm.config, PaliGemmaFlowConfig, origin | overrides)
+    # What adapters note as their base model.
+    config._name_or_path = name or ""
+    return config
 
 
 def plain_config(config: PaliGemmaFlowConfig) -> PaliGemmaConfig:
