@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -18,7 +18,19 @@ _STAGED = (".*.tmp", "*/.*.tmp")
 
 
 class HubUploadError(OSError):
-    """A folder was not pushed. The text says why, that the folder is whole, and how to try again."""
+    """
+    A folder was not pushed. The text says why, that the folder is whole, and how to try again.
+
+    Args:
+        text (`str`):
+            All of it.
+        why (`str`):
+            The part of it that says why.
+    """
+
+    def __init__(self, text: str, why: str) -> None:
+        super().__init__(text)
+        self.why = why
 
 
 def push_folder(
@@ -33,6 +45,7 @@ def push_folder(
     create_pr: bool = False,
     allow_patterns: Sequence[str] | str | None = None,
     ignore_patterns: Sequence[str] | str | None = None,
+    replacements: Mapping[str, bytes] | None = None,
     space_sdk: str | None = None,
 ) -> CommitInfo:
     """
@@ -59,6 +72,8 @@ def push_folder(
             Opens a pull request to the main branch in the place of a commit.
         allow_patterns, ignore_patterns (`Sequence[str]` or `str`, *optional*):
             Which files to push, and which of these not to, e.g. `"*.json"`.
+        replacements (`Mapping[str, bytes]`, *optional*):
+            What is pushed in the place of a file's own content, by its path in the folder.
         space_sdk (`str`, *optional*):
             What a new Space runs on, e.g. `"gradio"`.
 
@@ -77,7 +92,7 @@ def push_folder(
             f"a pull request goes to the main branch: create_pr=True allows no revision, found {revision!r}"
         )
     try:
-        operations = _additions(folder, allow_patterns, ignore_patterns)
+        operations = _additions(folder, allow_patterns, ignore_patterns, replacements or {})
         target = _prepare(repo_id, repo_type, private, None if create_pr else revision, token, space_sdk)
         return HfApi(token=token).create_commit(
             target,
@@ -93,18 +108,48 @@ def push_folder(
         command += ["--revision", revision] if revision else []
         command += ["--create-pr"] if create_pr else []
         retry = "push again, from here" if folder.is_dir() else "push an existing folder"
-        raise HubUploadError(
-            redacted(
-                f"{folder.absolute()} was not pushed to {describe_repo(repo_id, repo_type, revision)}: "
-                f"{reason(error, token)}. Nothing is lost, the folder is as it was; then {retry} or with "
-                f"`{shlex.join(command)}`",
-                token,
-            )
-        ) from redacted_cause(error, token)
+        why = reason(error, token)
+        text = (
+            f"{folder.absolute()} was not pushed to {describe_repo(repo_id, repo_type, revision)}: {why}. Nothing is "
+            f"lost, the folder is as it was; then {retry} or with `{shlex.join(command)}`"
+        )
+        raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
+
+
+def ensure_repo(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """
+    Creates a repository, and a branch of it, where they are missing, so that what would keep a later push from
+    succeeding is known now.
+
+    Args:
+        repo_id, repo_type, private, revision, token: as of [`push_folder`].
+
+    Returns:
+        `str`: the repository's id, with its namespace.
+
+    Raises:
+        HubUploadError: if there is none to push to.
+    """
+    try:
+        return _prepare(repo_id, repo_type, private, revision, token, None)
+    except FAILURES as error:
+        why = reason(error, token)
+        text = f"nothing can be pushed to {describe_repo(repo_id, repo_type, revision)}: {why}"
+        raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
 
 
 def _additions(
-    folder: Path, allow_patterns: Sequence[str] | str | None, ignore_patterns: Sequence[str] | str | None
+    folder: Path,
+    allow_patterns: Sequence[str] | str | None,
+    ignore_patterns: Sequence[str] | str | None,
+    replacements: Mapping[str, bytes],
 ) -> list[CommitOperationAdd]:
     """The files to push, in the order of their paths."""
     if not folder.is_dir():
@@ -117,7 +162,9 @@ def _additions(
         else [*allow_patterns],
         ignore_patterns=[*ignored, *DEFAULT_IGNORE_PATTERNS, *_STAGED],
     )
-    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in chosen]
+    additions = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=replacements.get(name, folder / name)) for name in chosen
+    ]
     if not additions:
         raise FileNotFoundError("it holds no file to push")
     return additions
