@@ -1,0 +1,80 @@
+"""What visitors send, checked before a model sees it. Refusals are texts for visitors."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageOps, UnidentifiedImageError
+from settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_TEXT_LENGTH
+
+
+# A picture's width and height stand in its header; its pixels are decoded only after they were found small enough.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+class Picture(gr.Image):
+    """An image input that hands over the uploaded file as it came: [`read_picture`] says what is wrong with it."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        return None if payload is None else payload.path
+
+
+def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
+    """
+    An uploaded picture, upright and RGB.
+
+    Raises:
+        gr.Error: it is missing, too large in bytes or pixels, or not a picture.
+    """
+    if file is None:
+        raise gr.Error("Please choose an image first.", title="No image")
+    size = Path(file).stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise gr.Error(
+            f"The file has {size / 2**20:.1f} MB; {MAX_IMAGE_BYTES / 2**20:.0f} MB are the most.",
+            title="The image is too large",
+        )
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of what the next lines refuse.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_IMAGE_PIXELS:
+                    raise gr.Error(
+                        f"The image has {width} × {height} pixels; {MAX_IMAGE_PIXELS / 1e6:.0f} million are the most. "
+                        "Please scale it down.",
+                        title="The image is too large",
+                    )
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError:
+        raise gr.Error("The image has far too many pixels. Please scale it down.", title="The image is too large")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise gr.Error(
+            "The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood.",
+            title="Not an image",
+        )
+
+
+def read_text(text: str | None, name: str) -> str:
+    """
+    A question or an instruction, in one line.
+
+    Raises:
+        gr.Error: it is empty, too long, or holds a token of the model's own.
+    """
+    line = " ".join((text or "").split())
+    if not line:
+        raise gr.Error(f"Please write {name} first.", title="Nothing to do yet")
+    if len(line) > MAX_TEXT_LENGTH:
+        raise gr.Error(
+            f"This has {len(line)} characters; {MAX_TEXT_LENGTH} are the most. Please make it shorter.",
+            title=f"Too long for {name}",
+        )
+    if "<image>" in line:
+        raise gr.Error("“<image>” stands for the picture and cannot be part of the text.", title="Not possible")
+    return line
