@@ -21,7 +21,7 @@ import gradio as gr
 from acting import predict
 from answer_view import answer_cards
 from answers import ask
-from intake import Picture, read_picture, read_text
+from intake import picture_input, read_picture, read_text
 from learning_view import learning_page
 from loading import ModelUnavailableError, load
 from observations import Episode, held_out_episodes, observe
@@ -47,9 +47,9 @@ MAX_SEED = 2**31 - 1
 INTRODUCTION = """
 # Does it still answer?
 
-A vision-language model that is taught to move a robot tends to forget how to answer questions. Here the same small model
-answers before, and after it was fine-tuned in three ways: naively, with [AEGIS](https://arxiv.org/abs/2604.16067), and
-with the directions that its answers depend on held in place.
+A vision-language model that is taught to move a robot tends to forget how to answer questions. Here the same model answers
+before, and after it was fine-tuned in three ways: naively, with [AEGIS](https://arxiv.org/abs/2604.16067), and with the
+directions that its answers depend on held in place.
 """
 ABOUT_MODELS = """
 These are the models that ship with the package: a PaliGemma 2 of 1.3 million parameters that knows coloured shapes and
@@ -151,11 +151,9 @@ def build() -> gr.Blocks:
 def _ask_tab() -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            image = Picture(
-                value=None,
+            image = picture_input(
                 label="Image",
                 sources=["upload", "clipboard"],
-                type="filepath",
                 height=260,
                 elem_id="image",
                 placeholder="Drop an image here, or click to choose one",
@@ -203,9 +201,13 @@ def _act_tab() -> None:
                 filterable=False,
                 elem_id="task",
             )
-            step = gr.Slider(0, first.length - 1, value=0, step=1, label="Moment", info="Steps of 1/20 s", elem_id="step")
+            step = gr.Slider(0, first.length - 1, value=0, step=1, label="Moment", info="1/20 s", elem_id="step")
             instruction = gr.Textbox(
-                first.instruction, label="Instruction", info="What the policy is told", max_lines=3, elem_id="instruction"
+                first.instruction,
+                label="Instruction",
+                info="What the policy is told",
+                max_lines=3,
+                elem_id="instruction",
             )
             policies = gr.CheckboxGroup(
                 [shown.label for shown in POLICIES],

@@ -14,13 +14,18 @@ from settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_TEXT_LENGTH
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-class Picture(gr.Image):
-    """An image input that hands over the uploaded file as it came: [`read_picture`] says what is wrong with it."""
+def picture_input(**options: Any) -> gr.Image:
+    """
+    An image input that hands over the path of the uploaded file as it came. Gradio's own would decode it first, and
+    meet a file that is no image with an error that tells visitors nothing; [`read_picture`] says what is wrong.
 
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
+    Args:
+        options: Of [`gradio.Image`].
+    """
+    image = gr.Image(type="filepath", **options)
+    # Not a subclass: beside the module of one, gradio writes a file of its own.
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
@@ -51,13 +56,15 @@ def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
                         title="The image is too large",
                     )
                 return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError:
-        raise gr.Error("The image has far too many pixels. Please scale it down.", title="The image is too large")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except Image.DecompressionBombError as error:
+        raise gr.Error(
+            "The image has far too many pixels. Please scale it down.", title="The image is too large"
+        ) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise gr.Error(
             "The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood.",
             title="Not an image",
-        )
+        ) from error
 
 
 def read_text(text: str | None, name: str) -> str:

@@ -25,7 +25,7 @@ def learning_page(models: Sequence[ShownModel]) -> str:
     logs = {shown: _read_lines(shown) for shown in models if shown.acts}
     logs = {shown: records for shown, records in logs.items() if records}
     if not logs:
-        return '<p class="note">None of the chosen models brings <code>metrics.jsonl</code>, the log of its training.</p>'
+        return '<p class="note">None of the models brings <code>metrics.jsonl</code>, the log of its training.</p>'
     charts = "".join(_chart(logs, *curve) for curve in _CURVES)
     missing = [shown.label for shown in models if shown.acts and shown not in logs]
     note = f'<p class="note">Without a log of their training: {escape(", ".join(missing))}.</p>' if missing else ""
@@ -59,8 +59,8 @@ def _table(models: Sequence[ShownModel]) -> str:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", "Right answers", "Loss on questions", "Flow MSE"))
     return (
-        f'<table class="scores"><caption>Where they ended: {before["count"]:,} questions of easy-VQA’s test split, which '
-        f"no training saw</caption><thead><tr>{head}</tr></thead>"
+        f'<table class="scores"><caption>Where they ended: {before["count"]:,} questions of easy-VQA’s test split, '
+        f"which no training saw</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{_row('Before', before, '–')}{rows}</tbody></table>"
     )
 

@@ -72,14 +72,15 @@ def time_curves(observation: Observation, predictions: Mapping[ShownModel, np.nd
             chart(lines, name, "seconds", f"{name} over time: {means}.", limits, size=(260, 150), markers=False)
         )
     return (
-        '<p class="note">Actions as the robot gets them, twenty a second: one unit of x, y, z asks for 5 cm, one of roll, '
-        "pitch, yaw for half a radian; the gripper opens at −1 and closes at +1.</p>"
+        '<p class="note">Actions as the robot gets them, twenty a second: one unit of x, y, z asks for 5 cm, one of '
+        "roll, pitch, yaw for half a radian; the gripper opens at −1 and closes at +1.</p>"
         f'<div class="charts small">{"".join(charts)}</div>'
     )
 
 
 def _course(key: str, label: str, values: Sequence[float]) -> Line:
-    return Line(key, label, [step / _STEPS_PER_SECOND for step in range(len(values))], [float(value) for value in values])
+    seconds = [step / _STEPS_PER_SECOND for step in range(len(values))]
+    return Line(key, label, seconds, [float(value) for value in values])
 
 
 def _path(key: str, points: np.ndarray, closes: np.ndarray) -> str:
@@ -103,8 +104,9 @@ def _describe(observation: Observation, predictions: Mapping[ShownModel, np.ndar
         reached = follow(actions, observation)
         last = min(len(reached), len(observation.positions)) - 1
         distance = 100 * float(np.linalg.norm(reached[last] - observation.positions[last]))
+        seconds = last / _STEPS_PER_SECOND
         sentences.append(
-            f"{shown.label} ends {distance:.1f} cm from where the demonstrator was after {last / _STEPS_PER_SECOND:.1f} s."
+            f"{shown.label} ends {distance:.1f} cm from where the demonstrator was after {seconds:.1f} s."
         )
     return " ".join(sentences)
 
