@@ -58,6 +58,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         return _refused(error)
     text = _one_line(str(error)) or type(error).__name__
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
+        # The transfer of a large file: "Error while uploading ...".
+        return f"{text}: {_reason(error.__cause__)}"
     if isinstance(error, HTTPError):
         return f"the Hub at {constants.ENDPOINT} could not be reached ({text}); check the connection"
     return text
@@ -100,4 +103,4 @@ def _said(error: HfHubHTTPError) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).rstrip(".")

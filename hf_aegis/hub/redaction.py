@@ -36,7 +36,9 @@ def redacted(text: str, token: str | bool | None = None) -> str:
     """
     for secret in {token, get_token()}:
         if isinstance(secret, str) and secret.strip():
-            text = text.replace(secret.strip(), REDACTED)
+            # As it is, and as Python quotes it in other errors.
+            for written in (secret.strip(), repr(secret.strip())[1:-1]):
+                text = text.replace(written, REDACTED)
     for pattern in _PATTERNS:
         text = pattern.sub(rf"\1{REDACTED}", text)
     return text

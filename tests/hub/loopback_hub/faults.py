@@ -1,4 +1,4 @@
-"""Requests that fail: an answer of the server's choice, a connection that breaks, or a download that stops half-way."""
+"""Requests that fail: an answer of the test's choice, a connection that breaks, or a download that stops half-way."""
 
 import threading
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The `hub` fixture: a clean server and a clean cache for one test, and every client of this process pointed to them."""
+"""The `hub` fixture: a clean server and a clean cache for one test, and this process's clients pointed to them."""
 
 import contextlib
 import os
@@ -70,10 +70,10 @@ class LoopbackHub:
 
     @contextlib.contextmanager
     def unreachable(self) -> Iterator[None]:
-        """As without a network: every connection breaks."""
-        self.faults.add("drop", times=1_000_000)
-        yield
-        self.faults.clear()
+        """As without a network: nobody listens at the Hub's address. An `HfApi` from before keeps its address."""
+        with self._monkeypatch.context() as patch:
+            _set_endpoint(patch, "http://127.0.0.1:1")
+            yield
 
     def clear_cache(self) -> None:
         """As on another machine."""
@@ -120,14 +120,12 @@ def _point_clients(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:
     import time
 
     import datasets.config
-    import huggingface_hub.hf_api
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
     _close_clients()
+    _set_endpoint(patch, url)
     for name, value in {
-        "ENDPOINT": url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),
@@ -139,13 +137,10 @@ def _point_clients(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:
         "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
     }.items():
         patch.setattr(constants, name, value)
-    # Behind the functions of the package, e.g. huggingface_hub.create_repo.
-    patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-    # Retries wait for seconds.
-    patch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+    for module in (_http, file_download):
+        # Retries wait for seconds.
+        patch.setattr(module, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     for name, value in {
-        "HF_ENDPOINT": url,
-        "HUB_DATASETS_URL": url + "/datasets/{repo_id}/resolve/{revision}/{path}",
         "HF_DATASETS_CACHE": home / "datasets",
         "HF_MODULES_CACHE": str(home / "modules"),
         "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
@@ -154,6 +149,19 @@ def _point_clients(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:
     patch.setenv("HF_TOKEN", WRITE_TOKEN)
     patch.setenv("NO_PROXY", "127.0.0.1,localhost")
     _set_offline(patch, False)
+
+
+def _set_endpoint(patch: pytest.MonkeyPatch, url: str) -> None:
+    import datasets.config
+    import huggingface_hub.hf_api
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    # Behind the functions of the package, e.g. huggingface_hub.create_repo.
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    patch.setattr(datasets.config, "HF_ENDPOINT", url)
+    patch.setattr(datasets.config, "HUB_DATASETS_URL", url + "/datasets/{repo_id}/resolve/{revision}/{path}")
 
 
 def _set_offline(patch: pytest.MonkeyPatch, offline: bool) -> None:
