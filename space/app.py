@@ -47,9 +47,9 @@ MAX_SEED = 2**31 - 1
 INTRODUCTION = """
 # Does it still answer?
 
-A vision-language model that is taught to move a robot tends to forget how to answer questions. Here the same model answers
-before, and after it was fine-tuned in three ways: naively, with [AEGIS](https://arxiv.org/abs/2604.16067), and with the
-directions that its answers depend on held in place.
+A vision-language model that is taught to move a robot tends to forget how to answer questions. Here the same model
+answers before, and after it was fine-tuned in three ways: naively, with [AEGIS](https://arxiv.org/abs/2604.16067), and
+with the directions that its answers depend on held in place.
 """
 ABOUT_MODELS = """
 These are the models that ship with the package: a PaliGemma 2 of 1.3 million parameters that knows coloured shapes and
@@ -121,6 +121,12 @@ def act(index: int, step: float, instruction: str, policies: list[str], seed: fl
     return scene(episode, observation, predictions), time_curves(observation, predictions)
 
 
+def warm_up() -> None:
+    """Loads the embedded models when the first visitor comes, and has them answer once; what is larger waits."""
+    if all(shown.embedded for shown in MODELS):
+        answer_example(0)
+
+
 def _episode(index: int | None) -> Episode:
     if index is None or not 0 <= index < len(EPISODES):
         raise gr.Error("Please choose a task first.", title="No task")
@@ -144,6 +150,7 @@ def build() -> gr.Blocks:
             gr.HTML(functools.partial(learning_page, MODELS), elem_id="learning")
         with gr.Tab("Act", id="act"):
             _act_tab()
+        page.load(warm_up, queue=False, show_progress="hidden", api_visibility="private")
     page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
     return page
 
@@ -231,12 +238,28 @@ def _first_look(episode: Episode) -> str:
 
 demo = build()
 
+# Fonts of the visitor's own machine: nothing is fetched from elsewhere. Darker than Gradio's own where text and its
+# ground would be hard to tell apart.
+THEME = gr.themes.Soft(
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
+).set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_400",
+    block_label_text_color="*primary_700",
+    block_title_text_color="*primary_700",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+    checkbox_label_background_fill_selected="*primary_700",
+    checkbox_label_background_fill_selected_dark="*primary_700",
+)
+
 LAUNCH = {
     "css_paths": FOLDER / "style.css",
-    # Fonts of the visitor's own machine: nothing is fetched from elsewhere.
-    "theme": gr.themes.Soft(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
-    ),
+    "theme": THEME,
     "max_file_size": MAX_IMAGE_BYTES,
     "allowed_paths": [str(FOLDER / "examples")],
     "ssr_mode": False,

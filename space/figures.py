@@ -16,7 +16,7 @@ class Line(NamedTuple):
     y: Sequence[float]
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
 
 
 def chart(
@@ -72,7 +72,7 @@ def chart(
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">{grid}{drawn}'
-        f'<text class="tick" x="{(width + _LEFT) / 2:.0f}" y="{height - 2}" text-anchor="middle">{escape(x_label)}'
+        f'<text class="tick" x="{(width + _LEFT) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_label)}'
         "</text></svg></figure>"
     )
 

@@ -66,7 +66,7 @@ def _table(models: Sequence[ShownModel]) -> str:
 
 
 def _row(label: str, vqa: dict[str, Any], flow: str) -> str:
-    cells = (f"{vqa['accuracy']:.1%}", f"{vqa['cross_entropy']:.3f}", flow)
+    cells = (f"{100 * vqa['accuracy']:.1f} %", f"{vqa['cross_entropy']:.3f}", flow)
     return f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 

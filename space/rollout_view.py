@@ -16,6 +16,7 @@ from settings import ShownModel
 _DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _STEPS_PER_SECOND = 20
 _SIDE = 100
+_PIXELS = (512, 512)
 DEMONSTRATION = ("demonstration", "Demonstrated")
 
 
@@ -99,19 +100,16 @@ def _describe(observation: Observation, predictions: Mapping[ShownModel, np.ndar
     """How far apart the predicted and the demonstrated way are, in words."""
     if not predictions:
         return f"The demonstrator’s next {len(observation.actions)} actions are drawn."
-    sentences = []
+    last = len(observation.positions) - 1
+    distances = []
     for shown, actions in predictions.items():
-        reached = follow(actions, observation)
-        last = min(len(reached), len(observation.positions)) - 1
-        distance = 100 * float(np.linalg.norm(reached[last] - observation.positions[last]))
-        seconds = last / _STEPS_PER_SECOND
-        sentences.append(
-            f"{shown.label} ends {distance:.1f} cm from where the demonstrator was after {seconds:.1f} s."
-        )
-    return " ".join(sentences)
+        apart = np.linalg.norm(follow(actions, observation)[: last + 1][-1] - observation.positions[-1])
+        distances.append(f"{shown.label} {100 * apart:.0f} cm")
+    return f"How far from the demonstrator after {last / _STEPS_PER_SECOND:.1f} s: {', '.join(distances)}."
 
 
 def _picture(image: np.ndarray) -> str:
+    """A frame as a data address, so large that browsers, which enlarge more coarsely, need not."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    Image.fromarray(image).resize(_PIXELS, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
