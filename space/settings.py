@@ -1,5 +1,6 @@
 """What the page shows, and how much it accepts. Models are chosen by environment variables."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,6 @@ MAX_IMAGE_PIXELS = 16_000_000
 MAX_TEXT_LENGTH = 200
 MAX_WAITING = 24
 """Visitors in the queue; who comes then is asked to come back."""
-
-DEMONSTRATIONS_VARIABLE = "AEGIS_SPACE_DEMONSTRATIONS"
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,17 @@ _MODELS = {
 }
 
 
+def _chosen() -> dict[str, str]:
+    """What the variables say: those of the environment, before those that the page was deployed with."""
+    deployed = FOLDER / "models.json"
+    return {**(json.loads(deployed.read_text()) if deployed.is_file() else {}), **os.environ}
+
+
 def shown_models() -> list[ShownModel]:
     """The models to compare, in their order. One whose variable is set to nothing is left out."""
-    models = []
+    models, chosen = [], _chosen()
     for key, (label, summary, variable, default) in _MODELS.items():
-        source = os.environ.get(variable, str(default)).strip()
+        source = chosen.get(variable, str(default)).strip()
         if source:
             models.append(ShownModel(key, label, summary, source, source == str(default), acts=key != "base"))
     return models
@@ -61,4 +66,4 @@ def shown_models() -> list[ShownModel]:
 
 def demonstrations() -> Path:
     """The file of LIBERO demonstrations that observations are taken from."""
-    return Path(os.environ.get(DEMONSTRATIONS_VARIABLE) or DEMONSTRATIONS)
+    return Path(os.environ.get("AEGIS_SPACE_DEMONSTRATIONS") or DEMONSTRATIONS)
