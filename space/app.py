@@ -21,7 +21,7 @@ import gradio as gr
 from acting import predict
 from answer_view import answer_cards
 from answers import ask
-from intake import picture_input, read_picture, read_text
+from intake import picture_input, read_picture, read_text, refusal
 from learning_view import learning_page
 from loading import ModelUnavailableError, load
 from observations import Episode, held_out_episodes, observe
@@ -76,7 +76,7 @@ def _each(models: list[ShownModel], work: Callable[[ShownModel], Any]) -> list[t
         except ModelUnavailableError as error:
             gr.Warning(str(error), title="A model is missing")
     if not done:
-        raise gr.Error("None of the models can be loaded at the moment.", title="No model")
+        raise refusal("No model", "None of the models can be loaded at the moment.")
     return done
 
 
@@ -113,9 +113,9 @@ def act(index: int, step: float, instruction: str, policies: list[str], seed: fl
     instruction = read_text(instruction, "an instruction")
     chosen = [shown for shown in POLICIES if shown.label in (policies or ())]
     if not chosen:
-        raise gr.Error("Please choose at least one policy.", title="No policy")
+        raise refusal("No policy", "Please choose at least one policy.")
     if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
-        raise gr.Error(f"The seed of the noise is a whole number from 0 to {MAX_SEED}.", title="Not a seed")
+        raise refusal("Not a seed", f"The seed of the noise is a whole number from 0 to {MAX_SEED}.")
     observation = observe(episode, _step(episode, step), HORIZON)
     predictions = _predict_all(chosen, observation, instruction, int(seed))
     return scene(episode, observation, predictions), time_curves(observation, predictions)
@@ -129,7 +129,7 @@ def warm_up() -> None:
 
 def _episode(index: int | None) -> Episode:
     if index is None or not 0 <= index < len(EPISODES):
-        raise gr.Error("Please choose a task first.", title="No task")
+        raise refusal("No task", "Please choose a task first.")
     return EPISODES[index]
 
 

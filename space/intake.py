@@ -28,6 +28,11 @@ def picture_input(**options: Any) -> gr.Image:
     return image
 
 
+def refusal(title: str, text: str) -> gr.Error:
+    """The error that shows visitors a message, and fills no log with what they did."""
+    return gr.Error(text, title=title, print_exception=False)
+
+
 def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
     """
     An uploaded picture, upright and RGB.
@@ -36,35 +41,38 @@ def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
         gr.Error: it is missing, too large in bytes or pixels, or not a picture.
     """
     if file is None:
-        raise gr.Error("Please choose an image first.", title="No image")
+        raise refusal("No image", "Please choose an image first.")
     size = Path(file).stat().st_size
     if size > MAX_IMAGE_BYTES:
-        raise gr.Error(
+        raise refusal(
+            "The image is too large",
             f"The file has {size / 2**20:.1f} MB; {MAX_IMAGE_BYTES / 2**20:.0f} MB are the most.",
-            title="The image is too large",
         )
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of what the next lines refuse.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise gr.Error(
-                        f"The image has {width} × {height} pixels; {MAX_IMAGE_PIXELS / 1e6:.0f} million are the most. "
-                        "Please scale it down.",
-                        title="The image is too large",
-                    )
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise gr.Error(
-            "The image has far too many pixels. Please scale it down.", title="The image is too large"
+        return _decode(file)
+    except (_TooManyPixelsError, Image.DecompressionBombError) as error:
+        raise refusal(
+            "The image is too large",
+            f"The image has more than {MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. Please scale it down.",
         ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise gr.Error(
-            "The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood.",
-            title="Not an image",
+        raise refusal(
+            "Not an image", "The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood."
         ) from error
+
+
+class _TooManyPixelsError(Exception):
+    pass
+
+
+def _decode(file: str | os.PathLike[str]) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns of what is refused here.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise _TooManyPixelsError
+            return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_text(text: str | None, name: str) -> str:
@@ -76,12 +84,12 @@ def read_text(text: str | None, name: str) -> str:
     """
     line = " ".join((text or "").split())
     if not line:
-        raise gr.Error(f"Please write {name} first.", title="Nothing to do yet")
+        raise refusal("Nothing to do yet", f"Please write {name} first.")
     if len(line) > MAX_TEXT_LENGTH:
-        raise gr.Error(
+        raise refusal(
+            f"Too long for {name}",
             f"This has {len(line)} characters; {MAX_TEXT_LENGTH} are the most. Please make it shorter.",
-            title=f"Too long for {name}",
         )
     if "<image>" in line:
-        raise gr.Error("“<image>” stands for the picture and cannot be part of the text.", title="Not possible")
+        raise refusal("Not possible", "“<image>” stands for the picture and cannot be part of the text.")
     return line
