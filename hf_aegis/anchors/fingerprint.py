@@ -171,6 +171,21 @@ class AnchorFingerprint:
         counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNT_FIELDS}
         return dataclasses.replace(self, **counts)
 
+    def check_same_base(self, other: "AnchorFingerprint") -> None:
+        """
+        Refuses the fingerprint of an anchor of another model, whatever they were collected on.
+
+        Raises:
+            AnchorMismatchError: if shapes, attention or weights differ; every such field is named.
+        """
+        differences = [
+            _difference(name, "first", getattr(self, name), "second", getattr(other, name))
+            for name in _WEIGHT_FIELDS
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if differences:
+            raise AnchorMismatchError("anchors of different models do not compare: " + "; ".join(differences))
+
     def check_model(self, description: Mapping[str, Any], dtype: str | None = None) -> None:
         """
         Compares the fields that `description` holds; see [`describe_model`].

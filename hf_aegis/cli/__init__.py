@@ -34,6 +34,8 @@ COMMANDS = {
 # sub-commands.
 TWO_WORD_COMMANDS = {
     "anchor inspect": ("hf_aegis.cli.anchor_inspect", "say what an anchor was collected from and what it holds"),
+    "anchor compare": ("hf_aegis.cli.anchor_compare", "say how far two anchors of the same model are from each other"),
+    "anchor merge": ("hf_aegis.cli.anchor_merge", "make one anchor from several of parts of the same data"),
 }
 
 

@@ -1,6 +1,7 @@
 """Cards of repositories, rendered from the templates in `model_cards/`."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, M
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TEMPLATE_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
 
-# What a card that was not filled in shows.
-_PLACEHOLDERS = ("{{", "{%", "[More Information Needed]", "<!--")
+# What a card that was not filled in shows. BibTeX writes "{{" too, but goes on at once.
+_PLACEHOLDER = re.compile(r"\{\{\s|\{%|\[More Information Needed\]|<!--")
 
 
 def find_template(name: str) -> Path:
@@ -65,9 +66,8 @@ def render_card(template: str | os.PathLike[str], data: CardData, **values: Any)
     except jinja2.TemplateError as error:
         raise ValueError(f"{path}: {error}") from error
     content = content.strip() + "\n"
-    for placeholder in _PLACEHOLDERS:
-        if placeholder in content:
-            raise ValueError(f"{path}: the card still holds {placeholder!r}")
+    if found := _PLACEHOLDER.search(content):
+        raise ValueError(f"{path}: the card still holds {found[0]!r}")
     _check_front_matter(path, content, data)
     return content
 

@@ -24,11 +24,11 @@ class HubUploadError(OSError):
     Args:
         text (`str`):
             All of it.
-        why (`str`):
+        why (`str`, *optional*):
             The part of it that says why.
     """
 
-    def __init__(self, text: str, why: str) -> None:
+    def __init__(self, text: str, why: str = "") -> None:
         super().__init__(text)
         self.why = why
 
@@ -103,16 +103,14 @@ def push_folder(
             create_pr=create_pr,
         )
     except FAILURES as error:
-        command = ["hf", "upload", repo_id, os.fspath(folder.absolute()), ".", "--repo-type", repo_type]
-        command += ["--private"] if private else []
-        command += ["--revision", revision] if revision else []
-        command += ["--create-pr"] if create_pr else []
-        retry = "push again, from here" if folder.is_dir() else "push an existing folder"
         why = reason(error, token)
-        text = (
-            f"{folder.absolute()} was not pushed to {describe_repo(repo_id, repo_type, revision)}: {why}. Nothing is "
-            f"lost, the folder is as it was; then {retry} or with `{shlex.join(command)}`"
-        )
+        text = f"{folder.absolute()} was not pushed to {describe_repo(repo_id, repo_type, revision)}: {why}"
+        if folder.is_dir():
+            text += ". The folder is whole; to try again, repeat the call"
+            # The command would publish in a public repository what was to be private, and contents that were replaced.
+            if not (private or replacements):
+                command = _command(folder, repo_id, repo_type, revision, create_pr, allow_patterns, ignore_patterns)
+                text += f", or run `{command}`"
         raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
 
 
@@ -143,6 +141,25 @@ def ensure_repo(
         why = reason(error, token)
         text = f"nothing can be pushed to {describe_repo(repo_id, repo_type, revision)}: {why}"
         raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
+
+
+def _command(
+    folder: Path,
+    repo_id: str,
+    repo_type: str,
+    revision: str | None,
+    create_pr: bool,
+    allow_patterns: Sequence[str] | str | None,
+    ignore_patterns: Sequence[str] | str | None,
+) -> str:
+    """The command line of huggingface_hub that does the same."""
+    words = ["hf", "upload", repo_id, os.fspath(folder.absolute()), ".", "--repo-type", repo_type]
+    words += ["--revision", revision] if revision else []
+    words += ["--create-pr"] if create_pr else []
+    for option, patterns in (("--include", allow_patterns), ("--exclude", ignore_patterns)):
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            words += [option, pattern]
+    return shlex.join(words)
 
 
 def _additions(

@@ -97,6 +97,8 @@ def test_what_should_be_private_is_not_published(hub, folder):
         push_folder(folder, "org/public", private=True)
     assert hub.repo("org/public").files() == {}
     assert not any("commit" in path or "lfs" in path or "preupload" in path for _, path in hub.requests[before:])
+    with pytest.raises(HubUploadError, match=r"repeat the call$"):
+        push_folder(folder, "elsewhere/hidden", private=True)
     HfApi().create_repo("org/hidden", private=True)
     push_folder(folder, "org/hidden", private=False)
     assert hub.repo("org/hidden").private, "an existing repository keeps its visibility"
@@ -133,10 +135,10 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_retry(hub, folder, capl
     if fault:
         hub.fail_next(**fault)
     with pytest.raises(HubUploadError, match=message) as found:
-        push_folder(folder, "org/name", repo_type="dataset", revision="try", **options)
+        push_folder(folder, "org/name", repo_type="dataset", revision="try", ignore_patterns="*.log", **options)
     text = str(found.value)
     assert "\n" not in text
-    assert f"hf upload org/name '{folder}' . --repo-type dataset --revision try`" in text
+    assert f"run `hf upload org/name '{folder}' . --repo-type dataset --revision try --exclude '*.log'`" in text
     assert "to the dataset repository org/name (revision try)" in text
     assert digest(folder) == before
     assert not hub.has_repo("org/name", "dataset") or hub.repo("org/name", "dataset").files() == {}

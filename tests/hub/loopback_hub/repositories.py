@@ -39,7 +39,7 @@ def create(store: Store, request: Request) -> Answer:
     if (kind, repo_id) in store.repositories:
         return Answer.of({"error": f"You already created this {kind} repo", "url": url}, 409)
     store.repositories[kind, repo_id] = Repository(
-        kind, repo_id, private=wanted.get("visibility") == "private", sdk=wanted.get("sdk")
+        kind, repo_id, private=wanted.get("visibility") == "private", sdk=wanted.get("sdk"), large=store.large
     )
     return Answer.of({"url": url, "name": repo_id, "id": repo_id})
 

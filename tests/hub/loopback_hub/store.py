@@ -69,13 +69,14 @@ class Commit:
 
 @dataclass
 class Repository:
-    """One repository, with the files of every commit."""
+    """One repository, with the files of every commit; `large` has those that are downloaded from elsewhere."""
 
     kind: str
     repo_id: str
     private: bool = False
     gated: bool = False
     sdk: str | None = None
+    large: dict[str, bytes] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -120,7 +121,9 @@ class Repository:
     def replace(self, name: str, data: bytes, branch: str = "main") -> str:
         """Commits another content of a file, as somebody else would; returns the commit."""
         parent = self.resolve(branch)
-        files = {**parent.files, name: Blob(data, large=name.endswith(LARGE_SUFFIXES))}
+        blob = Blob(data, large=name.endswith(LARGE_SUFFIXES))
+        files = {**parent.files, name: blob}
+        self.large[blob.sha256] = data
         commit = self.add(files, f"Replace {name}", parent.oid, "somebody")
         self.branches[branch] = commit.oid
         return commit.oid
