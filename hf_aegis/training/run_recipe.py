@@ -7,6 +7,7 @@ import re
 from typing import Any, Self
 
 import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.training.aegis_config import AEGISConfig
@@ -69,13 +70,26 @@ class RunRecipe:
 
 def changed_arguments(args: AEGISConfig) -> dict[str, Any]:
     """The arguments of a training that differ from the defaults, but for those that say where it is pushed."""
-    defaults = AEGISConfig(output_dir=args.output_dir)
-    changed = {
-        f.name: getattr(args, f.name)
-        for f in dataclasses.fields(args)
-        if f.init and not _is_about_pushing(f.name) and getattr(args, f.name) != getattr(defaults, f.name)
-    }
-    return _plain(changed)
+    return _plain(
+        {
+            f.name: getattr(args, f.name)
+            for f in dataclasses.fields(args)
+            if f.init and not _is_about_pushing(f.name) and not _is_default(f, getattr(args, f.name))
+        }
+    )
+
+
+def _is_default(field: dataclasses.Field, value: Any) -> bool:
+    """
+    Whether a field has the value that it has when nothing is said. Other arguments to compare with are not made:
+    making any sets up the device for the whole process.
+    """
+    resolved = {"report_to": [], "accelerator_config": AcceleratorConfig()}
+    if field.name in resolved and value == resolved[field.name]:
+        return True
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    # `None` is resolved to `False`, for one.
+    return value == default or not (value or default)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

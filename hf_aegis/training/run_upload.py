@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_aegis.atomic_files import write_text
-from hf_aegis.hub import push_folder
+from hf_aegis.hub import HubUploadError, push_folder
 from hf_aegis.machine_paths import portable_name, without_machine_paths
 
 
@@ -53,7 +54,13 @@ def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Co
         for path in Path(folder).rglob(_ADAPTER_CONFIG)
         if not path.relative_to(folder).parts[0].startswith((PREFIX_CHECKPOINT_DIR, "."))
     }
-    return push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, replacements=replacements, **options)
+    try:
+        return push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, replacements=replacements, **options)
+    except HubUploadError as error:
+        command = ["hf-aegis", "push", os.fspath(Path(folder).absolute()), repo_id]
+        command += ["--private"] if options.get("private") else []
+        command += ["--revision", options["revision"]] if options.get("revision") else []
+        raise HubUploadError(f"{error}; `{shlex.join(command)}` does the same", error.why) from error.__cause__
 
 
 def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
