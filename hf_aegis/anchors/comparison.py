@@ -23,5 +23,11 @@ def layer_distances(first: "ActivationAnchor", second: "ActivationAnchor") -> Te
         AnchorMismatchError: if the two are of different models; every such field is named.
     """
     first.fingerprint.check_same_base(second.fingerprint)
-    moments = [tensor.double().cpu() for anchor in (first, second) for tensor in (anchor.mean, anchor.variance)]
-    return torch.stack(squared_wasserstein(*moments, eps=0.0))
+    terms = squared_wasserstein(
+        first.mean.double().cpu(),
+        first.variance.double().cpu(),
+        second.mean.double().cpu(),
+        second.variance.double().cpu(),
+        eps=0.0,
+    )
+    return torch.stack(terms)

@@ -110,7 +110,7 @@ def anchor_card(
             {"config_name": name, "data_files": file, **({"default": True} if name == "layers" else {})}
             for name, file in tables
         ],
-        **({"base_model": base_model} if _is_repo_id(base_model) else {}),
+        base_model=base_model if _is_repo_id(base_model) else None,
     )
     return render_card(
         "anchor.md",
