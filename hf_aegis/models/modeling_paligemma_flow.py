@@ -130,7 +130,8 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         if isinstance(vlm, PaliGemmaForConditionalGeneration):
             if attn_implementation is not None or dtype is not None or vlm_kwargs:
                 raise ValueError(
-                    "attn_implementation, dtype, revision, token and vlm_kwargs are for a checkpoint, not a loaded model"
+                    "attn_implementation, dtype, revision, token and vlm_kwargs are for a checkpoint, "
+                    "not a loaded model"
                 )
             if isinstance(vlm, PaliGemmaFlowForAction):
                 raise ValueError("the model already has an action expert; `to_vlm()` gives its plain VLM")

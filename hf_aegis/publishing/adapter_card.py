@@ -65,7 +65,7 @@ def adapter_card(
     kind, paper = _KINDS.get(config["peft_type"], (config["peft_type"], None))
     name = (repo_id or f"{folder.parent.name}-{folder.name}").split("/")[-1]
     own_run = is_policy(record.config)
-    method = record.method if record.arguments else None
+    method = record.method
     papers = [*(method.papers if method else ()), *([paper] if paper else [])]
     data = ModelCardData(
         language=options.language,

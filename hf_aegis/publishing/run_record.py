@@ -65,8 +65,10 @@ class RunRecord:
         return cls(folder, **without_machine_paths({**found, **known}))
 
     @property
-    def method(self) -> Method:
-        """How knowledge was kept."""
+    def method(self) -> Method | None:
+        """How knowledge was kept; `None` of a model whose training is not known."""
+        if not self.arguments:
+            return None
         from hf_aegis.training.aegis_config import AEGISConfig
 
         defaults = {f.name: f.default for f in dataclasses.fields(AEGISConfig)}
