@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,9 @@ def _set_endpoint(patch: pytest.MonkeyPatch, url: str) -> None:
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     # Behind the functions of the package, e.g. huggingface_hub.create_repo.
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    if "transformers.utils.hub" in sys.modules:
+        # Made once, when it is first needed.
+        patch.setattr("transformers.utils.hub._hf_api", None)
     patch.setattr(datasets.config, "HF_ENDPOINT", url)
     patch.setattr(datasets.config, "HUB_DATASETS_URL", url + "/datasets/{repo_id}/resolve/{revision}/{path}")
 
