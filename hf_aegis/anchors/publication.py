@@ -37,6 +37,7 @@ def push_anchor(
     commit_message: str | None = None,
     create_pr: bool = False,
     dataset_license: str | None = None,
+    keep_card: bool = False,
 ) -> CommitInfo:
     """
     Completes the folder that an anchor was saved in by its tables and its card, and pushes these files, and no others
@@ -46,11 +47,13 @@ def push_anchor(
         anchor ([`ActivationAnchor`]):
             The anchor.
         folder (`str` or `os.PathLike`):
-            Where it was saved. A `README.md` there is replaced.
+            Where it was saved.
         repo_id (`str`):
             `"org/name"`.
         dataset_license (`str`, *optional*):
             Licence of the data that the anchor was collected on, by the Hub's name for it, such as `"cc-by-4.0"`.
+        keep_card (`bool`, *optional*, defaults to `False`):
+            Pushes the folder's `README.md` as it is; by default it is written anew.
         private, revision, token, commit_message, create_pr:
             See [`~hub.push_folder`].
 
@@ -66,7 +69,8 @@ def push_anchor(
         _write_rows(folder / SUBSPACES_TABLE, subspace_rows(anchor.subspaces))
     else:
         (folder / SUBSPACES_TABLE).unlink(missing_ok=True)
-    write_text(folder / CARD, anchor_card(anchor, repo_id, revision=revision, dataset_license=dataset_license))
+    if not keep_card:
+        write_text(folder / CARD, anchor_card(anchor, repo_id, revision=revision, dataset_license=dataset_license))
     return push_folder(
         folder,
         repo_id,

@@ -84,10 +84,9 @@ def recognise(folder: Path) -> str:
 
 def _push_anchor(folder: Path, repo_id: str, keep_card: bool, options: dict[str, Any]) -> Any:
     from hf_aegis.anchors import ActivationAnchor
+    from hf_aegis.anchors.publication import push_anchor
 
-    if keep_card:
-        return push_folder(folder, repo_id, repo_type="dataset", **options)
-    return ActivationAnchor.from_pretrained(folder).push_to_hub(repo_id, **options)
+    return push_anchor(ActivationAnchor.from_pretrained(folder), folder, repo_id, keep_card=keep_card, **options)
 
 
 def _push_comparison(folder: Path, repo_id: str, keep_card: bool, options: dict[str, Any]) -> Any:

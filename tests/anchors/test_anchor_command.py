@@ -116,6 +116,18 @@ def test_an_anchor_is_pushed_where_that_is_asked_for(hub, tiny_vlm, questions, t
     assert "license: cc-by-4.0" in repository.files()["README.md"].decode()
 
 
+def test_a_card_of_one_s_own_is_kept_and_nothing_else_of_the_folder_is_pushed(hub, tiny_vlm, tmp_path):
+    folder = tmp_path / "anchor"
+    command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--output_dir", folder))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    assert main(["push", str(folder), "org/tiny-anchor", "--keep_card"]) == 0
+    files = hub.repo("org/tiny-anchor", "dataset").files()
+    assert set(files) == {"README.md", "anchor.safetensors", "anchor_config.json", "layers.jsonl"}
+    assert files["README.md"].endswith(b"mine\n")
+    assert main(["push", str(folder), "org/tiny-anchor"]) == 0
+    assert b"# Activation anchor of tiny-vlm" in hub.repo("org/tiny-anchor", "dataset").files()["README.md"]
+
+
 def test_a_push_that_cannot_succeed_is_refused_at_once_and_one_that_fails_later_loses_nothing(hub, tiny_vlm, tmp_path):
     options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
     with pytest.raises(OSError, match="nothing can be pushed to the dataset repository elsewhere/name: "):

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from hf_aegis.hub import hub_commit
@@ -38,3 +39,15 @@ def test_where_the_hub_does_not_say_a_warning_does(monkeypatch, caplog, error):
 def test_what_is_no_id_is_left_to_who_loads_it(caplog):
     assert hub_commit("model", "/no/such/folder") is None
     assert "/no/such/folder is not known" in caplog.text
+
+
+def test_the_hub_itself_says_which_commit(hub, caplog):
+    HfApi().create_repo("org/name", repo_type="dataset")
+    first = hub.repo("org/name", "dataset").branches["main"]
+    HfApi().create_tag("org/name", tag="v1", repo_type="dataset")
+    newest = hub.repo("org/name", "dataset").replace("a.txt", b"a")
+    assert hub_commit("dataset", "org/name") == newest
+    assert hub_commit("dataset", "org/name", "v1") == first
+    assert not caplog.records
+    assert hub_commit("dataset", "org/nothing", "v1") == "v1"
+    assert hub.token not in caplog.text
