@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from hf_aegis.anchors.comparison import layer_distances
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity, check_sensitivities
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions, check_groups
 from hf_aegis.anchors.merging import merged_statistics
 from hf_aegis.anchors.publication import push_anchor
-from hf_aegis.anchors.sensitivities import PairSensitivity, check_sensitivities
 from hf_aegis.anchors.statistics import collect_statistics
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions, check_groups
 
 
 class ActivationAnchor:

@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_aegis
 from hf_aegis.anchors.decoder_layers import unwrap_model
-from hf_aegis.anchors.subspaces import SubspaceOptions
+from hf_aegis.anchors.linear_layers.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
 

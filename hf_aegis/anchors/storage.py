@@ -14,8 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint
-from hf_aegis.anchors.sensitivities import PairSensitivity
-from hf_aegis.anchors.subspace_storage import (
+from hf_aegis.anchors.linear_layers.packing import (
     check_fields,
     pack_sensitivities,
     pack_subspaces,
@@ -23,7 +22,8 @@ from hf_aegis.anchors.subspace_storage import (
     unpack_sensitivities,
     unpack_subspaces,
 )
-from hf_aegis.anchors.subspaces import InputSubspace
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 from hf_aegis.atomic_files import write_bytes
 from hf_aegis.hub import HubDownloadError, download_files
 

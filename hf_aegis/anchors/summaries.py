@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_aegis.anchors.subspaces import InputSubspace
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 
 
 def layer_rows(mean: Tensor, variance: Tensor) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from hf_aegis.anchors.linears import LAYERS_PREFIX, find_linears
-from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.anchors.linear_layers.names import LAYERS_PREFIX, find_linears
+from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.hooks import removed_afterwards
 
 

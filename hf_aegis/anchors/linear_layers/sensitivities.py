@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_aegis.anchors.subspaces import InputSubspace
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_aegis.anchors.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOptions
+from hf_aegis.anchors.linear_layers.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOptions
 from hf_aegis.functional.product_precision import full_precision_products
 from hf_aegis.functional.subspace import eigenpairs, nystrom_eigenpairs, rank_for_energy
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_aegis.anchors.sensitivities import PairSensitivity
-from hf_aegis.anchors.subspaces import InputSubspace
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 
 
 _TENSORS = ("basis", "energies")
