@@ -74,9 +74,9 @@ def _each(models: list[ShownModel], work: Callable[[ShownModel], Any]) -> list[t
         try:
             done.append((shown, work(shown)))
         except ModelUnavailableError as error:
-            gr.Warning(str(error), title="A model is missing")
+            gr.Warning(str(error))
     if not done:
-        raise refusal("No model", "None of the models can be loaded at the moment.")
+        raise refusal("None of the models can be loaded at the moment.")
     return done
 
 
@@ -113,9 +113,9 @@ def act(index: int, step: float, instruction: str, policies: list[str], seed: fl
     instruction = read_text(instruction, "an instruction")
     chosen = [shown for shown in POLICIES if shown.label in (policies or ())]
     if not chosen:
-        raise refusal("No policy", "Please choose at least one policy.")
+        raise refusal("Please choose at least one policy.")
     if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
-        raise refusal("Not a seed", f"The seed of the noise is a whole number from 0 to {MAX_SEED}.")
+        raise refusal(f"The seed of the noise is a whole number from 0 to {MAX_SEED}.")
     observation = observe(episode, _step(episode, step), HORIZON)
     predictions = _predict_all(chosen, observation, instruction, int(seed))
     return scene(episode, observation, predictions), time_curves(observation, predictions)
@@ -129,7 +129,7 @@ def warm_up() -> None:
 
 def _episode(index: int | None) -> Episode:
     if index is None or not 0 <= index < len(EPISODES):
-        raise refusal("No task", "Please choose a task first.")
+        raise refusal("Please choose a task first.")
     return EPISODES[index]
 
 
@@ -208,7 +208,9 @@ def _act_tab() -> None:
                 filterable=False,
                 elem_id="task",
             )
-            step = gr.Slider(0, first.length - 1, value=0, step=1, label="Moment", info="1/20 s", elem_id="step")
+            step = gr.Slider(
+                0, first.length - 1, value=0, step=1, label="Moment", info="in twentieths of a second", elem_id="step"
+            )
             instruction = gr.Textbox(
                 first.instruction,
                 label="Instruction",
@@ -243,6 +245,11 @@ demo = build()
 THEME = gr.themes.Soft(
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
 ).set(
+    body_background_fill="*neutral_50",
+    border_color_primary="*neutral_300",
+    input_border_width="1px",
+    input_border_color="*neutral_400",
+    input_border_color_dark="*neutral_500",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_400",
     block_info_text_color="*neutral_600",

@@ -28,9 +28,9 @@ def picture_input(**options: Any) -> gr.Image:
     return image
 
 
-def refusal(title: str, text: str) -> gr.Error:
+def refusal(text: str) -> gr.Error:
     """The error that shows visitors a message, and fills no log with what they did."""
-    return gr.Error(text, title=title, print_exception=False)
+    return gr.Error(text, print_exception=False)
 
 
 def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
@@ -41,24 +41,18 @@ def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
         gr.Error: it is missing, too large in bytes or pixels, or not a picture.
     """
     if file is None:
-        raise refusal("No image", "Please choose an image first.")
+        raise refusal("Please choose an image first.")
     size = Path(file).stat().st_size
     if size > MAX_IMAGE_BYTES:
-        raise refusal(
-            "The image is too large",
-            f"The file has {size / 2**20:.1f} MB; {MAX_IMAGE_BYTES / 2**20:.0f} MB are the most.",
-        )
+        raise refusal(f"The image is too large: {size / 2**20:.1f} MB; {MAX_IMAGE_BYTES / 2**20:.0f} MB are the most.")
     try:
         return _decode(file)
     except (_TooManyPixelsError, Image.DecompressionBombError) as error:
         raise refusal(
-            "The image is too large",
             f"The image has more than {MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. Please scale it down.",
         ) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise refusal(
-            "Not an image", "The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood."
-        ) from error
+        raise refusal("The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood.") from error
 
 
 class _TooManyPixelsError(Exception):
@@ -84,12 +78,9 @@ def read_text(text: str | None, name: str) -> str:
     """
     line = " ".join((text or "").split())
     if not line:
-        raise refusal("Nothing to do yet", f"Please write {name} first.")
+        raise refusal(f"Please write {name} first.")
     if len(line) > MAX_TEXT_LENGTH:
-        raise refusal(
-            f"Too long for {name}",
-            f"This has {len(line)} characters; {MAX_TEXT_LENGTH} are the most. Please make it shorter.",
-        )
+        raise refusal(f"This is too long for {name}: it has {len(line)} characters; {MAX_TEXT_LENGTH} are the most.")
     if "<image>" in line:
-        raise refusal("Not possible", "“<image>” stands for the picture and cannot be part of the text.")
+        raise refusal("“<image>” stands for the picture and cannot be part of the text.")
     return line
