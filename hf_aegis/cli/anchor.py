@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 DEMONSTRATIONS = "demonstrations"
 
+# Fields about what is pushed, as they are where nothing is.
+_UNPUBLISHED: dict[str, Any] = {
+    "push_to_hub": None,
+    "private": False,
+    "hub_revision": None,
+    "create_pr": False,
+    "dataset_license": None,
+}
+
 # Of data that comes with a package.
 _LICENSES = {"easy-vqa": "mit", DEMONSTRATIONS: "apache-2.0"}
 
@@ -102,7 +111,7 @@ class AnchorRecipe:
                 f"sensitivity_temperature must be above 0 and finite, found {self.sensitivity_temperature}"
             )
         if self.push_to_hub is None:
-            for name in ("private", "hub_revision", "create_pr", "dataset_license"):
+            for name in _UNPUBLISHED:
                 if getattr(self, name):
                     raise ValueError(f"{name} is about what push_to_hub names, which is not set")
         if self.sensitivity and not self.subspaces:
@@ -162,7 +171,9 @@ def run(arguments: argparse.Namespace) -> int:
         num_batches=len(batches),
     )
     folder = anchor.save_pretrained(recipe.output_dir)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    # To repeat a collection is not to publish it again.
+    repeating = dataclasses.replace(recipe, **_UNPUBLISHED)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(repeating), sort_keys=False))
     print(f"{anchor}\nsaved to {folder}")
     if recipe.push_to_hub is not None:
         commit = push_anchor(

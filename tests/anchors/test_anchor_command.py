@@ -107,6 +107,8 @@ def test_an_anchor_is_pushed_where_that_is_asked_for(hub, tiny_vlm, questions, t
     assert set(repository.files("v1")) == {"README.md", "anchor.safetensors", "anchor_config.json", "layers.jsonl"}
     anchor = ActivationAnchor.from_pretrained("org/tiny-anchor", revision="v1")
     assert anchor == ActivationAnchor.from_pretrained(tmp_path / "anchor")
+    (repeating,) = parse("--config", tmp_path / "anchor" / "recipe.yaml").recipe
+    assert repeating.push_to_hub is None
     assert "license: mit" in repository.files("v1")["README.md"].decode(), "that of easy-vqa"
     assert f"pushed: {hub.url}/datasets/org/tiny-anchor/commit/" in capsys.readouterr().out
     answers = ("--dataset", questions, "--answer_column", "best", "--dataset_license", "cc-by-4.0")
