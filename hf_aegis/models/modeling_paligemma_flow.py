@@ -57,11 +57,6 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
     Args:
         config (`PaliGemmaFlowConfig`): of the whole model.
 
-    Attributes:
-        vlm_source (`str`, *optional*):
-            After `from_vlm`, the folder or Hub id that the vision-language model was loaded from, and its processor
-            can be. Not saved: the configuration has the portable `vlm_name_or_path`.
-
     Raises:
         ValueError: `"sdpa"` is asked for with a language model that soft-caps its attention scores.
 
@@ -75,7 +70,6 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
 
     config: PaliGemmaFlowConfig
     config_class = PaliGemmaFlowConfig
-    vlm_source: str | None = None
     _no_split_modules = ["PaliGemmaMultiModalProjector", "ActionExpertLayer"]  # noqa: RUF012
     # The loss is a mean over the micro-batch: the Trainer has to divide it by the accumulation steps.
     accepts_loss_kwargs = False
@@ -142,7 +136,8 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             model = cls(config)
         model.model, model.lm_head = vlm.model, vlm.lm_head
         model.model.config = config
-        model.vlm_source = vlm.name_or_path or None
+        # Not saved: where this process finds the vision-language model, and its processor.
+        model.name_or_path = vlm.name_or_path
         # Built again, off the meta device; a quantised VLM keeps its embeddings in floating point.
         model.action_expert = ActionExpert(config).to(vlm.lm_head.weight.device, vlm.lm_head.weight.dtype)
         model.action_expert.apply(model._init_weights)

@@ -73,7 +73,7 @@ def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any
     name = portable_name(vlm.name_or_path) if vlm.name_or_path else None
     origin = {"vlm_name_or_path": name, "vlm_revision": getattr(vlm.config, "_commit_hash", None)}
     config: Any = _convert(vlm.config, PaliGemmaFlowConfig, origin | overrides)
-    # What adapters note as their base model.
+    # What anchors of it are said to be of.
     config._name_or_path = name or ""
     config._commit_hash = origin["vlm_revision"]
     return config

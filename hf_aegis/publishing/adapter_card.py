@@ -112,4 +112,6 @@ def _expert(config: Mapping[str, Any]) -> str:
         for name in fields
         if name in config and config[name] != getattr(PaliGemmaFlowConfig, name, None)
     }
-    return "".join(f", {name}={value!r}" for name, value in changed.items())
+    # The base model may be stored in another than it was trained in.
+    dtype = f', dtype="{config["dtype"]}"' if config.get("dtype") else ""
+    return dtype + "".join(f", {name}={value!r}" for name, value in changed.items())

@@ -15,12 +15,14 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.atomic_files import write_bytes
 from hf_aegis.hub import HubUploadError, ensure_repo, push_folder
 from hf_aegis.machine_paths import portable_name
 from hf_aegis.publishing import CardOptions, RunRecord, write_card
+from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.run_recipe import RECIPE_FILE, changed_arguments
-from hf_aegis.training.run_upload import LAST_CHECKPOINT, push_run, stage_checkpoint
+from hf_aegis.training.run_upload import LAST_CHECKPOINT, portable_adapter, push_run, stage_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ class HubTrainer(Trainer):
       strategy asks for it;
     - a push of a checkpoint that fails is a warning, and the next one tries again; the training goes on. The push at
       its end that fails is a [`~hub.HubUploadError`], after everything has been saved: it says how to push later;
-    - `training_args.bin`, a pickle, is neither pushed nor written;
+    - `training_args.bin`, a pickle, is neither pushed nor written, and an adapter names its base model as it is called
+      on any machine;
     - the arguments' `hub_private_repo=True` and a public repository that exists already are an error before training.
     """
 
@@ -177,11 +180,12 @@ class HubTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         if self.args.should_save:
             # Nothing reads it, and to read it is to run what it says.
-            Path(str(self.args.output_dir if output_dir is None else output_dir), TRAINING_ARGS_NAME).unlink(
-                missing_ok=True
-            )
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if (adapter := folder / ADAPTER_CONFIG).exists():
+                write_bytes(adapter, portable_adapter(adapter))
 
 
 def _push_staged(staged: Path, repo_id: str, name: str, **options: Any) -> None:

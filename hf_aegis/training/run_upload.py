@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_aegis.atomic_files import write_text
 from hf_aegis.hub import HubUploadError, push_folder
 from hf_aegis.machine_paths import portable_name, without_machine_paths
+from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 
 
 LAST_CHECKPOINT = "last-checkpoint"
@@ -33,7 +34,6 @@ NOT_PUSHED = (
 )
 
 _STAGED_PREFIX = ".push-"
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> CommitInfo:
@@ -50,8 +50,8 @@ def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Co
         HubUploadError: If the push fails, for whatever reason; the folder stays as it is.
     """
     replacements = {
-        path.relative_to(folder).as_posix(): _portable_adapter(path)
-        for path in Path(folder).rglob(_ADAPTER_CONFIG)
+        path.relative_to(folder).as_posix(): portable_adapter(path)
+        for path in Path(folder).rglob(ADAPTER_CONFIG)
         if not path.relative_to(folder).parts[0].startswith((PREFIX_CHECKPOINT_DIR, "."))
     }
     try:
@@ -87,8 +87,8 @@ def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
             _link(path, staged / inside)
         if place is not None:
             _link(path, staged / place / inside)
-    for path in staged.rglob(_ADAPTER_CONFIG):
-        _replace(path, _portable_adapter(path).decode())
+    for path in staged.rglob(ADAPTER_CONFIG):
+        _replace(path, portable_adapter(path).decode())
     if place is not None and (state := staged / place / TRAINER_STATE_NAME).exists():
         _replace(state, json.dumps(without_machine_paths(json.loads(state.read_text())), indent=2))
     return staged
@@ -118,7 +118,7 @@ def _replace(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def _portable_adapter(path: Path) -> bytes:
+def portable_adapter(path: Path) -> bytes:
     """An adapter's configuration whose base model is called what it is called elsewhere."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if base := config.get("base_model_name_or_path"):
