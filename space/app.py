@@ -147,9 +147,10 @@ def build() -> gr.Blocks:
         with gr.Tab("Ask", id="ask"):
             _ask_tab()
         with gr.Tab("While it learned", id="learning"):
-            gr.HTML(functools.partial(learning_page, MODELS), elem_id="learning")
+            curves = gr.HTML(elem_id="learning")
         with gr.Tab("Act", id="act"):
             _act_tab()
+        page.load(functools.partial(learning_page, MODELS), None, curves, api_visibility="private")
         page.load(warm_up, queue=False, show_progress="hidden", api_visibility="private")
     page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
     return page
@@ -192,8 +193,8 @@ def _ask_tab() -> None:
             choice.click(
                 functools.partial(answer_example, index), None, [image, question, answers], api_visibility="private"
             )
-    for listen in (button.click, question.submit):
-        listen(answer, [image, question], answers, api_name="ask" if listen == button.click else None)
+    button.click(answer, [image, question], answers, api_name="ask")
+    question.submit(answer, [image, question], answers, api_visibility="private")
 
 
 def _act_tab() -> None:
@@ -227,15 +228,11 @@ def _act_tab() -> None:
             seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
             button = gr.Button("Draw the chunk", variant="primary", elem_id="act-button")
         with gr.Column(scale=2, min_width=300):
-            view = gr.HTML(functools.partial(_first_look, first), elem_id="scene")
+            view = gr.HTML(scene(first, observe(first, 0, HORIZON), {}), elem_id="scene")
     curves = gr.HTML(elem_id="curves")
     episode.change(choose_episode, episode, [step, instruction, view, curves], api_visibility="private")
     step.release(look, [episode, step], [view, curves], api_visibility="private")
     button.click(act, [episode, step, instruction, policies, seed], [view, curves], api_name="act")
-
-
-def _first_look(episode: Episode) -> str:
-    return scene(episode, observe(episode, 0, HORIZON), {})
 
 
 demo = build()

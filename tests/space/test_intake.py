@@ -1,10 +1,8 @@
 import struct
 import zlib
 
-import gradio as gr
 import numpy as np
 import pytest
-from intake import read_picture, read_text
 from PIL import Image
 from settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_TEXT_LENGTH
 
@@ -21,19 +19,19 @@ def png(width, height):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1"])
-def test_pictures_of_any_kind_become_rgb(tmp_path, mode):
+def test_pictures_of_any_kind_become_rgb(intake, tmp_path, mode):
     file = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
     Image.new(mode, (7, 5)).save(file)
-    picture = read_picture(file)
+    picture = intake.read_picture(file)
     assert (picture.mode, picture.size) == ("RGB", (7, 5))
 
 
-def test_a_telephone_s_picture_is_put_upright(tmp_path):
+def test_a_telephone_s_picture_is_put_upright(intake, tmp_path):
     image = Image.fromarray(np.zeros((5, 7, 3), dtype=np.uint8))
     exif = image.getexif()
     exif[274] = 6
     image.save(tmp_path / "picture.jpg", exif=exif)
-    assert read_picture(tmp_path / "picture.jpg").size == (5, 7)
+    assert intake.read_picture(tmp_path / "picture.jpg").size == (5, 7)
 
 
 @pytest.mark.parametrize(
@@ -49,22 +47,22 @@ def test_a_telephone_s_picture_is_put_upright(tmp_path):
     ],
     ids=["empty", "text", "svg", "cut off", "too many pixels", "a bomb", "too many bytes"],
 )
-def test_what_is_refused_is_explained(tmp_path, content, message):
+def test_what_is_refused_is_explained(intake, tmp_path, content, message):
     (tmp_path / "picture.png").write_bytes(content)
-    with pytest.raises(gr.Error) as caught:
-        read_picture(tmp_path / "picture.png")
+    with pytest.raises(intake.gr.Error) as caught:
+        intake.read_picture(tmp_path / "picture.png")
     assert message in caught.value.message
     assert str(tmp_path) not in caught.value.message
 
 
-def test_no_picture_is_asked_for():
-    with pytest.raises(gr.Error, match="choose an image"):
-        read_picture(None)
+def test_no_picture_is_asked_for(intake):
+    with pytest.raises(intake.gr.Error, match="choose an image"):
+        intake.read_picture(None)
 
 
-def test_a_text_becomes_one_line():
-    assert read_text("  what\n color \t is it? ", "a question") == "what color is it?"
-    assert len(read_text("x" * MAX_TEXT_LENGTH, "a question")) == MAX_TEXT_LENGTH
+def test_a_text_becomes_one_line(intake):
+    assert intake.read_text("  what\n color \t is it? ", "a question") == "what color is it?"
+    assert len(intake.read_text("x" * MAX_TEXT_LENGTH, "a question")) == MAX_TEXT_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -76,7 +74,7 @@ def test_a_text_becomes_one_line():
         ("a <image> b", "stands for the picture"),
     ],
 )
-def test_texts_that_cannot_be_asked_are_explained(text, message):
-    with pytest.raises(gr.Error) as caught:
-        read_text(text, "a question")
+def test_texts_that_cannot_be_asked_are_explained(intake, text, message):
+    with pytest.raises(intake.gr.Error) as caught:
+        intake.read_text(text, "a question")
     assert message in caught.value.message
