@@ -180,7 +180,12 @@ def _ask_tab() -> None:
                 elem_id="answers",
                 label="Answers",
             )
-    gr.Markdown("### Examples", elem_id="examples-title")
+    gr.Markdown("### Examples")
+    gr.Markdown(
+        "From easy-VQA’s test split: of each type of question, one that the naive model which ships here still "
+        "answers, and one that it does not.",
+        elem_classes="note",
+    )
     with gr.Row(elem_id="examples"):
         for index, example in enumerate(EXAMPLES):
             choice = gr.Button(

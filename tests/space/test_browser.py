@@ -173,14 +173,15 @@ def test_a_question_about_an_uploaded_image_is_answered_by_each_model(visit, kee
 
 def test_examples_are_switched(visit, keep):
     page = visit()
-    page.get_by_role("button", name="what color is the shape?").click()
-    page.get_by_text("Asked: “what color is the shape?”").wait_for()
-    assert answers(page)["base"] == "teal"
-    assert page.locator("#answers .verdict").count() == 4
-    page.get_by_role("button", name="what is the green shape?").click()
-    page.get_by_text("Asked: “what is the green shape?”").wait_for()
-    assert answers(page)["base"] == "rectangle"
-    assert page.get_by_label("Question").input_value() == "what is the green shape?"
+    page.get_by_role("button", name="what color is the rectangle?").click()
+    page.get_by_text("Asked: “what color is the rectangle?”").wait_for()
+    assert answers(page)["base"] == "red"
+    page.get_by_role("button", name="is there a triangle in the image?").click()
+    page.get_by_text("Asked: “is there a triangle in the image?”").wait_for()
+    found = answers(page)
+    assert found["base"] == found["held"] == "no" != found["naive"]
+    assert page.locator("#answers .verdict").all_inner_texts()[:2] == ["✓ right", "✗ wrong"]
+    assert page.get_by_label("Question").input_value() == "is there a triangle in the image?"
     assert page.locator("#image img").count() == 1
     keep(page, "example")
 
@@ -245,8 +246,8 @@ def test_images_that_cannot_be_used_are_refused_in_words(visit, keep, tmp_path, 
     page.get_by_text(message).first.wait_for()
     keep(page, f"refused{make.__name__}")
     # The page goes on.
-    page.get_by_role("button", name="what color is the shape?").click()
-    assert answers(page)["base"] == "teal"
+    page.get_by_role("button", name="what color is the rectangle?").click()
+    assert answers(page)["base"] == "red"
 
 
 def test_a_question_that_is_too_long_is_refused_in_words(visit, keep, picture):
@@ -271,7 +272,7 @@ def test_it_can_be_used_with_the_keyboard_alone(visit):
                 return
         pytest.fail(f"no {name!r} within {presses} presses of the tab key")
 
-    tab_to("what shape is present?")
+    tab_to("what is the black shape?")
     page.keyboard.press("Enter")
     assert answers(page)["base"] == "circle"
     page.get_by_label("Question").focus()
@@ -306,7 +307,7 @@ def test_every_control_has_a_name(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_window_needs_no_scrolling_sideways(visit, keep, scheme):
     page = visit(viewport=NARROW, color_scheme=scheme)
-    page.get_by_role("button", name="is there a blue shape?").click()
+    page.get_by_role("button", name="is there a triangle in the image?").click()
     answers(page)
     for tab in ("Ask", "While it learned", "Act"):
         page.get_by_role("tab", name=tab).click()
