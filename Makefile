@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Off-screen OpenGL for MuJoCo, and what OpenCV links against.
 SYSTEM_PACKAGES := libosmesa6 libglfw3 libgl1 libglib2.0-0
+# What drives the page in its test.
+BROWSER_PACKAGES := chromium
 
 # Two busy-waiting OpenMP runtimes on shared cores slow each other down by an order of magnitude.
 export OMP_WAIT_POLICY := PASSIVE
@@ -12,10 +14,10 @@ export PYOPENGL_PLATFORM ?= osmesa
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system lock demo test test-slow lint format bench pretrain record clean
+.PHONY: help setup system lock demo test test-slow test-browser browser space lint format bench pretrain demo-checkpoints record clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: system $(VENV)/.installed  ## build .venv from the lock file
 
@@ -40,10 +42,19 @@ demo: setup  ## fine-tune the embedded model naively and with AEGIS, and compare
 	$(BIN)/hf-aegis demo --output_dir outputs/demo
 
 test: setup lint  ## lint, type-check and run the test suite
-	$(BIN)/python -m pytest -m "not slow" -n 2 -q
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 -q
 
 test-slow: setup  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
+
+test-browser: setup browser  ## the page in a browser; leaves screenshots in outputs/browser
+	BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser -q -s
+
+browser:
+	@command -v chromium >/dev/null || .ci/system-packages $(BROWSER_PACKAGES)
+
+space: setup  ## the page that compares answers and actions, on this machine
+	$(BIN)/hf-aegis space
 
 lint: setup
 	$(BIN)/ruff check .
@@ -60,6 +71,9 @@ bench: setup  ## time and memory of training steps that keep knowledge, as ratio
 
 pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml
+
+demo-checkpoints: demo  ## put the demo's policies into the package
+	$(BIN)/python recipes/demo_checkpoints.py --demo outputs/demo --output_dir hf_aegis/assets/demo
 
 record: setup  ## record the demonstrations that ship with the demo (resumable)
 	$(BIN)/hf-aegis data record-libero --config recipes/libero_demo_record.yaml \

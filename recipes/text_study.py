@@ -47,7 +47,7 @@ from hf_aegis.cli.comparison import refuse_other_settings
 from hf_aegis.cli.parent_process import PARENT_VARIABLE, end_with_parent
 from hf_aegis.cli.processes import available_cores
 from hf_aegis.cli.recipe import check_values, option_types, read_recipe, require_keys
-from hf_aegis.reports.machine_paths import without_machine_paths
+from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.reports.results_table import (
     FAILURES_FILE,
     RESULT_FILES,

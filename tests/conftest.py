@@ -10,3 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MUJOCO_GL", "osmesa")
 os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
+
+
+# The Hub that tests may talk to: one on the loopback interface.
+pytest_plugins = ["loopback_hub.fixture"]

@@ -3,8 +3,8 @@
 from hf_aegis.anchors.anchor import ActivationAnchor
 from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, AnchorMismatchError
-from hf_aegis.anchors.sensitivities import PairSensitivity
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.weight_hash import hash_layer_weights, named_base_parameters
 
 

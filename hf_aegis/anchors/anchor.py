@@ -6,20 +6,25 @@ subspaces of its linear layers' inputs, and the sensitivity of its predictions t
 import copy
 import dataclasses
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
+from hf_aegis.anchors.comparison import layer_distances
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity, check_sensitivities
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions, check_groups
 from hf_aegis.anchors.merging import merged_statistics
-from hf_aegis.anchors.sensitivities import PairSensitivity, check_sensitivities
+from hf_aegis.anchors.publication import push_anchor
 from hf_aegis.anchors.statistics import collect_statistics
 from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions, check_groups
 
 
 class ActivationAnchor:
@@ -222,6 +227,60 @@ class ActivationAnchor:
         moments = {"mean": self.mean, "variance": self.variance}
         return write_anchor(folder, moments, self.fingerprint, self.subspaces, self.sensitivities)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dataset_license: str | None = None,
+    ) -> CommitInfo:
+        """
+        Pushes this anchor to a dataset repository on the Hub, created where it is missing: the files of
+        [`~ActivationAnchor.save_pretrained`], tables of layers and subspaces for `load_dataset` and the Hub's viewer,
+        and a card, in one commit.
+
+        Args:
+            repo_id (`str`):
+                `"org/name"`.
+            private (`bool`, *optional*):
+                Whether a new repository is private; by default, as the namespace has it. To ask for a private one and
+                find a public one is an error.
+            revision (`str`, *optional*):
+                Branch, started from the main branch where it is missing.
+            token (`str` or `bool`, *optional*):
+                Token for the Hub; the stored one by default.
+            commit_message (`str`, *optional*):
+                First line of the commit's message.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Opens a pull request in the place of a commit.
+            dataset_license (`str`, *optional*):
+                Licence of the data that the anchor was collected on, by the Hub's name for it, such as `"cc-by-4.0"`.
+
+        Returns:
+            `CommitInfo`: of huggingface_hub: `commit_url`, `oid`, `pr_url`.
+
+        Raises:
+            HubUploadError: if the push fails. All that was to be pushed stays in a folder, which the error names.
+        """
+        folder = self.save_pretrained(tempfile.mkdtemp(prefix="hf-aegis-anchor-"))
+        commit = push_anchor(
+            self,
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            dataset_license=dataset_license,
+        )
+        shutil.rmtree(folder)
+        return commit
+
     @classmethod
     def from_pretrained(
         cls,
@@ -266,6 +325,23 @@ class ActivationAnchor:
             return cls(moments["mean"], moments["variance"], fingerprint, subspaces, sensitivities)
         except ValueError as error:
             raise ValueError(f"{tensors_file}: {error}") from error
+
+    def distance(self, other: "ActivationAnchor") -> Tensor:
+        """
+        How far two anchors of the same base are from each other, e.g. on different data: squared 2-Wasserstein
+        distance of each layer's moments, per hidden dimension (arXiv 2604.16067, transport penalty).
+
+        Args:
+            other ([`ActivationAnchor`]):
+                An anchor of the same model.
+
+        Returns:
+            `Tensor` of shape `(L,)`, in float64, on the CPU.
+
+        Raises:
+            AnchorMismatchError: if the two are of different models; every such field is named.
+        """
+        return layer_distances(self, other).sum(dim=0)
 
     def to(self, device: str | torch.device) -> "ActivationAnchor":
         """A copy of this anchor with all its tensors on `device`."""

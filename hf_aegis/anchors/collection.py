@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import MOMENTS_POLICIES, decoder_config
-from hf_aegis.anchors.linear_inputs import LinearInputs
+from hf_aegis.anchors.linear_layers.inputs import LinearInputs
 from hf_aegis.anchors.token_kinds import check_tokens, find_image_token_id, select_tokens
 from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
 from hf_aegis.hooks import removed_afterwards

@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_aegis
 from hf_aegis.anchors.decoder_layers import unwrap_model
-from hf_aegis.anchors.subspaces import SubspaceOptions
+from hf_aegis.anchors.linear_layers.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
 
@@ -170,6 +170,21 @@ class AnchorFingerprint:
             raise AnchorMismatchError("anchors of different origin do not merge: " + "; ".join(differences))
         counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNT_FIELDS}
         return dataclasses.replace(self, **counts)
+
+    def check_same_base(self, other: "AnchorFingerprint") -> None:
+        """
+        Refuses the fingerprint of an anchor of another model, whatever they were collected on.
+
+        Raises:
+            AnchorMismatchError: if shapes, attention or weights differ; every such field is named.
+        """
+        differences = [
+            _difference(name, "first", getattr(self, name), "second", getattr(other, name))
+            for name in _WEIGHT_FIELDS
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if differences:
+            raise AnchorMismatchError("anchors of different models do not compare: " + "; ".join(differences))
 
     def check_model(self, description: Mapping[str, Any], dtype: str | None = None) -> None:
         """

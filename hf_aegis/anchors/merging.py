@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_aegis.anchors.second_moments import leading_subspace
+from hf_aegis.anchors.linear_layers.second_moments import leading_subspace
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.statistics import AnchorStatistics
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.functional.moments import Moments, merge_moments
 from hf_aegis.functional.subspace import merge_eigenpairs
 

@@ -55,7 +55,7 @@ class PredictionGradients:
     Args:
         model (`nn.Module`): The model, wrapped or not.
         layers (`nn.ModuleList`): Its decoder layers.
-        linears (`Mapping[str, nn.Module]`): The linear layers, see [`~anchors.linears.find_linears`].
+        linears (`Mapping[str, nn.Module]`): The linear layers, see [`~anchors.linear_layers.names.find_linears`].
         temperature (`float`): Of the predictions.
         tokens (`str`): The kind of tokens that count in the linear layers.
         seed (`int`): Of the noise; it runs on from pass to pass.

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_aegis.anchors.linears import find_linears
+from hf_aegis.anchors.linear_layers.names import find_linears
+from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices, leading_basis, masked_values
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.prediction_gradients import PredictionGradients
-from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices, leading_basis, masked_values
-from hf_aegis.anchors.sensitivities import PairSensitivity
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.functional.product_precision import full_precision_products
 
 

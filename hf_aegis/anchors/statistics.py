@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from hf_aegis.anchors.collection import collect_moments
 from hf_aegis.anchors.decoder_layers import find_decoder_layers
 from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, describe_origin
-from hf_aegis.anchors.linear_inputs import LinearInputs
-from hf_aegis.anchors.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.inputs import LinearInputs
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.sensitivity_collection import check_passes, collect_sensitivities
-from hf_aegis.anchors.subspaces import InputSubspace, SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 
 

@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint
-from hf_aegis.anchors.sensitivities import PairSensitivity
-from hf_aegis.anchors.subspace_storage import (
+from hf_aegis.anchors.linear_layers.packing import (
     check_fields,
     pack_sensitivities,
     pack_subspaces,
@@ -25,8 +22,10 @@ from hf_aegis.anchors.subspace_storage import (
     unpack_sensitivities,
     unpack_subspaces,
 )
-from hf_aegis.anchors.subspaces import InputSubspace
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 from hf_aegis.atomic_files import write_bytes
+from hf_aegis.hub import HubDownloadError, download_files
 
 
 ANCHOR_TENSORS = "anchor.safetensors"
@@ -144,23 +143,16 @@ def locate_anchor(
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no anchor: {folder / name} is missing")
         return folder / ANCHOR_TENSORS, folder / ANCHOR_CONFIG
-    repo_id = os.fspath(folder_or_repo_id)
     try:
-        files = [
-            hf_hub_download(
-                repo_id,
-                name,
-                repo_type="dataset",
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-            )
-            for name in (ANCHOR_TENSORS, ANCHOR_CONFIG)
-        ]
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise OSError(
-            f"no anchor at {repo_id!r}: it is not a local folder, and as a dataset repository on the Hub "
-            f"(revision {revision or 'main'}): {error}"
-        ) from error
-    return Path(files[0]), Path(files[1])
+        files = download_files(
+            os.fspath(folder_or_repo_id),
+            (ANCHOR_TENSORS, ANCHOR_CONFIG),
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except HubDownloadError as error:
+        raise OSError(f"no anchor at {folder_or_repo_id}: it is not a local folder, and {error}") from error.__cause__
+    return files[0], files[1]

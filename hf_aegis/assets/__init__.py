@@ -1,4 +1,7 @@
-"""What ships inside the package: the embedded vision-language model and a small set of demonstrations."""
+"""
+What ships inside the package: the embedded vision-language model, a small set of demonstrations, and the policies that
+`hf-aegis demo` trained from both.
+"""
 
 from pathlib import Path
 
@@ -10,3 +13,6 @@ EMBEDDED_VLM = _FOLDER / "paligemma2-easy-vqa"
 
 DEMONSTRATIONS = _FOLDER / "libero_demonstrations.hdf5"
 """Scripted demonstrations recorded in the LIBERO simulator, LIBERO format."""
+
+DEMO_CHECKPOINTS = {name: _FOLDER / "demo" / name for name in ("naive", "aegis", "pairs_90")}
+"""Condition of `hf-aegis demo` -> folder of its policy, in bfloat16; written by `recipes/demo_checkpoints.py`."""

@@ -26,6 +26,8 @@ COMMANDS = {
     "train": ("hf_aegis.cli.train", "fine-tune a vision-language model into a policy from a recipe"),
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),
+    "push": ("hf_aegis.cli.push", "push an anchor, a policy, an adapter or a comparison's results to the Hub"),
+    "space": ("hf_aegis.cli.space", "show the models' answers and actions on a page, here or as a Space on the Hub"),
     "data": ("hf_aegis.cli.data", "record, combine and inspect LIBERO demonstrations"),
 }
 
@@ -33,6 +35,8 @@ COMMANDS = {
 # sub-commands.
 TWO_WORD_COMMANDS = {
     "anchor inspect": ("hf_aegis.cli.anchor_inspect", "say what an anchor was collected from and what it holds"),
+    "anchor compare": ("hf_aegis.cli.anchor_compare", "say how far two anchors of the same model are from each other"),
+    "anchor merge": ("hf_aegis.cli.anchor_merge", "make one anchor from several of parts of the same data"),
 }
 
 

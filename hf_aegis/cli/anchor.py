@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 DEMONSTRATIONS = "demonstrations"
+
+# Fields about what is pushed, as they are where nothing is.
+_UNPUBLISHED: dict[str, Any] = {
+    "push_to_hub": None,
+    "private": False,
+    "hub_revision": None,
+    "create_pr": False,
+    "dataset_license": None,
+}
+
+# Of data that comes with a package.
+_LICENSES = {"easy-vqa": "mit", DEMONSTRATIONS: "apache-2.0"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -69,6 +82,13 @@ class AnchorRecipe:
     )
     sensitivity_temperature: float = _option(4.0, "temperature of the predictions that this is about")
     max_output_rank: int = _option(512, "most output directions per linear layer that this is for")
+    push_to_hub: str | None = _option(None, "data set on the Hub, as org/name, that the anchor is pushed to as well")
+    private: bool = _option(False, "make that data set a private one")
+    hub_revision: str | None = _option(None, "branch of it to push to; made where it is missing")
+    create_pr: bool = _option(False, "open a pull request there in the place of a commit")
+    dataset_license: str | None = _option(
+        None, "licence of the data, for the card, by the Hub's name for it; that of easy-vqa is known"
+    )
     seed: int = _option(
         0, "shuffles before num_samples are taken (streamed: from about the first 2 * num_samples of shuffled shards)"
     )
@@ -90,6 +110,10 @@ class AnchorRecipe:
             raise ValueError(
                 f"sensitivity_temperature must be above 0 and finite, found {self.sensitivity_temperature}"
             )
+        if self.push_to_hub is None:
+            for name in _UNPUBLISHED:
+                if getattr(self, name):
+                    raise ValueError(f"{name} is about what push_to_hub names, which is not set")
         if self.sensitivity and not self.subspaces:
             raise ValueError("sensitivity needs the subspaces that its pairs are of: set subspaces to true as well")
 
@@ -101,11 +125,12 @@ def configure(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Collects the anchor and writes it, with the resolved recipe, to the output folder.
+    Collects the anchor and writes it, with the resolved recipe, to the output folder; and pushes it, where that is
+    asked for.
 
     Raises:
         ValueError: if the data or the model's statistics are not usable.
-        OSError: if a file or model cannot be read.
+        OSError: if a file or model cannot be read, or the anchor cannot be pushed.
     """
     recipe: AnchorRecipe = arguments.recipe[0]
 
@@ -114,11 +139,15 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from hf_aegis.anchors import ActivationAnchor
+    from hf_aegis.anchors.publication import push_anchor
     from hf_aegis.assets import EMBEDDED_VLM
+    from hf_aegis.hub import ensure_repo
 
     # Registers the model with an action expert: its language model can be anchored as well.
     importlib.import_module("hf_aegis.models")
     # A wrong option should not cost the loading of a large model first.
+    if recipe.push_to_hub is not None:
+        ensure_repo(recipe.push_to_hub, repo_type="dataset", private=recipe.private or None)
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
     processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
     samples, collate = _demonstrations(recipe, processor) if _of_robots(recipe) else _questions(recipe, processor)
@@ -138,12 +167,25 @@ def run(arguments: argparse.Namespace) -> int:
         moments=recipe.moments,
         tokens=recipe.tokens,
         subspaces=subspace_options(recipe),
-        dataset_id=f"{recipe.dataset}:{recipe.split}",
+        dataset_id=f"{_portable(recipe.dataset)}:{recipe.split}",
         num_batches=len(batches),
     )
     folder = anchor.save_pretrained(recipe.output_dir)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    # To repeat a collection is not to publish it again.
+    repeating = dataclasses.replace(recipe, **_UNPUBLISHED)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(repeating), sort_keys=False))
     print(f"{anchor}\nsaved to {folder}")
+    if recipe.push_to_hub is not None:
+        commit = push_anchor(
+            anchor,
+            folder,
+            recipe.push_to_hub,
+            private=recipe.private or None,
+            revision=recipe.hub_revision,
+            create_pr=recipe.create_pr,
+            dataset_license=recipe.dataset_license or _LICENSES.get(recipe.dataset),
+        )
+        print(f"pushed: {commit.pr_url or commit.commit_url}")
     return 0
 
 
@@ -164,6 +206,11 @@ def subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":
         temperature=recipe.sensitivity_temperature,
         max_output_rank=recipe.max_output_rank,
     )
+
+
+def _portable(dataset: str) -> str:
+    """A path on this machine means nothing elsewhere; its name is what a reader can recognise."""
+    return Path(dataset).resolve().name if Path(dataset).exists() else dataset
 
 
 def _of_robots(recipe: AnchorRecipe) -> bool:

@@ -1,10 +1,11 @@
 """`hf-aegis anchor inspect`: what an anchor was collected from, its subspaces' ranks, and what it is sensitive to."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.text_table import text_table
 
 
 if TYPE_CHECKING:
@@ -54,18 +55,20 @@ def format_fingerprint(fingerprint: "AnchorFingerprint") -> str:
 
 def format_subspaces(subspaces: "Mapping[str, InputSubspace]") -> str:
     """A table with a line for each subspace: linear layers, width, rank, share of the energy, number of inputs."""
+    from hf_aegis.anchors.summaries import subspace_rows
+
     heads = ("input of", "width", "rank", "energy", "inputs")
     rows = [
         (
-            _shared(subspace.linears),
-            f"{subspace.width:,}",
-            f"{subspace.rank:,}",
-            f"{100 * subspace.energy_share:.3f} %",
-            f"{subspace.num_inputs:,}",
+            _shared(tuple(row["linears"])),
+            f"{row['width']:,}",
+            f"{row['rank']:,}",
+            f"{100 * row['energy_share']:.3f} %",
+            f"{row['num_inputs']:,}",
         )
-        for _, subspace in sorted(subspaces.items(), key=lambda item: _by_number(item[0]))
+        for row in subspace_rows(subspaces)
     ]
-    return _table(heads, rows)
+    return text_table(heads, rows)
 
 
 def format_sensitivities(
@@ -76,10 +79,11 @@ def format_sensitivities(
     the sensitivity over all layers, and the share of the weight's pairs of directions (out · in of them) that are
     held where 90, 95 or 99 % of the sensitivity over all layers is.
     """
+    from hf_aegis.anchors.summaries import by_number
     from hf_aegis.gradients.held_pairs import largest_pairs
 
     inputs = {name: subspace.width for subspace in subspaces.values() for name in subspace.linears}
-    values = {name: sensitivities[name].sensitivities.double() for name in sorted(sensitivities, key=_by_number)}
+    values = {name: sensitivities[name].sensitivities.double() for name in sorted(sensitivities, key=by_number)}
     masks = [largest_pairs(values, share) for share in _SHARES]
     total = sum(float(table.sum()) for table in values.values())
     heads = ("weight of", "outputs", "rank", "inputs", "rank", "sensitivity", *(f"{share:.0%}" for share in _SHARES))
@@ -101,27 +105,11 @@ def format_sensitivities(
         held = [sum(counts) for counts in zip(held, largest, strict=True)]
         pairs += width * inputs[name]
     rows.append(("all", "", "", "", "", _percent(total, total), *(_percent(count, pairs) for count in held)))
-    return _table(heads, rows)
+    return text_table(heads, rows)
 
 
 def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.3f} %" if whole > 0 else "-"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column is on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (heads, *rows)
-    )
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _shared(linears: tuple[str, ...]) -> str:

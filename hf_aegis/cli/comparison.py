@@ -16,7 +16,7 @@ import yaml
 from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.processes import Call, Placement, available_cores, run_calls
-from hf_aegis.reports.machine_paths import without_machine_paths
+from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.reports.results_table import FAILURES_FILE, PRETRAINED_FILE, SETTINGS_FILE, write_results
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.device import resolve_device
+from hf_aegis.machine_paths import portable_name
 
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from hf_aegis.data.vqa import VQA_PROMPT
     from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
-    from hf_aegis.evaluation.hub_commit import hub_commit
     from hf_aegis.evaluation.vqa_survey import survey
+    from hf_aegis.hub import hub_commit
 
     # A wrong option should not cost the loading of a large model first.
     split = "test" if arguments.split is None and arguments.dataset == EASY_VQA else arguments.split
@@ -109,10 +110,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     revision = hub_commit("model", arguments.model, arguments.revision)
     settings = {
-        "model": arguments.model,
+        "model": portable_name(arguments.model),
         "revision": revision,
         "weights_sha256": _hash_weights(Path(arguments.model)),
-        "dataset": arguments.dataset,
+        "dataset": portable_name(arguments.dataset),
         "split": split,
         "dataset_revision": dataset_revision,
         "dataset_config": arguments.dataset_config,

@@ -24,12 +24,25 @@ def recipe_classes() -> tuple[type, type]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, evaluates and prints the result."""
+    """
+    Trains, evaluates and prints the result; pushes it where the recipe asks for it.
+
+    Raises:
+        ValueError: If the recipe holds a token, or something in it does not fit.
+        OSError: If a file is missing, or the finished run cannot be pushed.
+    """
     from transformers.utils.logging import set_verbosity_warning
 
+    from hf_aegis.reports.run_figures import draw_run_figures
     from hf_aegis.training.run import run_training
 
+    run_arguments, training_arguments = arguments.recipe
+    if training_arguments.hub_token is not None:
+        raise ValueError(
+            "hub_token: a command line or a recipe is no place for a token, others can read it there; log in with "
+            "`hf auth login`, or set HF_TOKEN"
+        )
     set_verbosity_warning()
-    result = run_training(*arguments.recipe)
+    result = run_training(run_arguments, training_arguments, illustrate=draw_run_figures)
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "fingerprints")}, indent=2))
     return 0

@@ -12,7 +12,7 @@ from hf_aegis.gradients.linear_sites import LinearSite, orthonormal
 
 if TYPE_CHECKING:
     from hf_aegis.anchors import InputSubspace
-    from hf_aegis.anchors.sensitivities import PairSensitivity
+    from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
 
 
 @dataclass(frozen=True, eq=False)

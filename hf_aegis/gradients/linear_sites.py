@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_aegis.anchors import ActivationAnchor, find_decoder_layers, unwrap_model
-from hf_aegis.anchors.linears import LAYERS_PREFIX, called_module, named_linears
+from hf_aegis.anchors.linear_layers.names import LAYERS_PREFIX, called_module, named_linears
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class LinearSite:
     A linear layer, possibly with adapters on it.
 
     Attributes:
-        name (`str`): As in an anchor, see [`~anchors.linears.named_linears`].
+        name (`str`): As in an anchor, see [`~anchors.linear_layers.names.named_linears`].
         module (`torch.nn.Module`): What the model calls there: the linear, or PEFT's tuner layer around it.
     """
 

@@ -37,7 +37,9 @@ class PaliGemmaFlowConfig(PaliGemmaConfig):
         min_period, max_period (`float`, *optional*, default to 4e-3 and 4.0):
             Shortest and longest period of the sinusoidal time embedding, in units of t.
         vlm_name_or_path (`str`, *optional*):
-            Where the vision-language model came from; written by `PaliGemmaFlowForAction.from_vlm`.
+            Where the vision-language model came from, an id on the Hub or the name of a folder; written by
+            `PaliGemmaFlowForAction.from_vlm`.
+        vlm_revision (`str`, *optional*): the commit it was loaded at, where it came from the Hub; as before.
 
     The sizes of the expert are this project's choice: the AEGIS preprint (arXiv 2604.16067) does not give them.
 
@@ -67,6 +69,7 @@ class PaliGemmaFlowConfig(PaliGemmaConfig):
     min_period: float | int = 4e-3
     max_period: float | int = 4.0
     vlm_name_or_path: str | None = None
+    vlm_revision: str | None = None
 
     def validate_flow(self) -> None:
         """Part of the `@strict` validation: ranges of the expert's and the flow's fields."""

@@ -95,6 +95,8 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         *,
         attn_implementation: str | dict | None = None,
         dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
         vlm_kwargs: dict[str, Any] | None = None,
         **config_overrides: Any,
     ) -> Self:
@@ -107,26 +109,35 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
             attn_implementation (`str` or `dict`, *optional*, defaults to `"eager"`): for a checkpoint.
             dtype (`torch.dtype` or `str`, *optional*):
                 For a checkpoint, as of `from_pretrained`. The expert gets the dtype of the VLM's embeddings.
+            revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
+            token (`str` or `bool`, *optional*): token for the Hub; that of the environment or login by default.
             vlm_kwargs (`dict`, *optional*):
-                Further arguments of `PaliGemmaForConditionalGeneration.from_pretrained`, e.g. `revision`.
+                Further arguments of `PaliGemmaForConditionalGeneration.from_pretrained`, e.g. `subfolder`.
             **config_overrides: fields of [`PaliGemmaFlowConfig`].
 
         Raises:
             ValueError: the checkpoint is not a PaliGemma or already has an expert (use `from_pretrained`), an override
                 is not a field of the expert, or the attention implementation does not fit the language model.
         """
+        located = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
+        vlm_kwargs = {**(vlm_kwargs or {}), **located}
         if isinstance(vlm, PaliGemmaForConditionalGeneration):
             if attn_implementation is not None or dtype is not None or vlm_kwargs:
-                raise ValueError("attn_implementation, dtype and vlm_kwargs are for a checkpoint, not a loaded model")
+                raise ValueError(
+                    "attn_implementation, dtype, revision, token and vlm_kwargs are for a checkpoint, "
+                    "not a loaded model"
+                )
             if isinstance(vlm, PaliGemmaFlowForAction):
                 raise ValueError("the model already has an action expert; `to_vlm()` gives its plain VLM")
         else:
-            vlm = load_vlm(str(vlm), attn_implementation or "eager", dtype, vlm_kwargs or {})
+            vlm = load_vlm(str(vlm), attn_implementation or "eager", dtype, vlm_kwargs)
         config = flow_config(vlm, config_overrides)
         with torch.device("meta"), init.no_init_weights():
             model = cls(config)
         model.model, model.lm_head = vlm.model, vlm.lm_head
         model.model.config = config
+        # Not saved: where this process finds the vision-language model, and its processor.
+        model.name_or_path = vlm.name_or_path
         # Built again, off the meta device; a quantised VLM keeps its embeddings in floating point.
         model.action_expert = ActionExpert(config).to(vlm.lm_head.weight.device, vlm.lm_head.weight.dtype)
         model.action_expert.apply(model._init_weights)

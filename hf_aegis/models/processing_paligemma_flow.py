@@ -101,6 +101,9 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         statistics: DatasetStatistics | None = None,
         cameras: Sequence[str] | None = None,
         action_tokenizer: FASTTokenizer | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """
         Extends a stock processor, sharing its tokenizer and image processor.
@@ -108,13 +111,15 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         Args:
             processor (`PaliGemmaProcessor`, `str` or `os.PathLike`): the processor, or where to load it from.
             statistics, cameras, action_tokenizer: as of the class.
+            revision (`str`, *optional*): branch, tag or commit of a processor on the Hub.
+            token (`str` or `bool`, *optional*): token for the Hub; that of the environment or login by default.
 
         Raises:
             TypeError: `processor` is, or loads as, something else.
             ValueError: as of the class.
         """
         if isinstance(processor, str | os.PathLike):
-            processor = AutoProcessor.from_pretrained(processor)
+            processor = AutoProcessor.from_pretrained(processor, revision=revision or "main", token=token)
         if not isinstance(processor, PaliGemmaProcessor):
             raise TypeError(f"expected a PaliGemmaProcessor, found {type(processor).__name__}")
         return cls(

@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
+from hf_aegis.machine_paths import portable_name
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
 
 
@@ -28,7 +31,13 @@ def load_vlm(
         ValueError: the checkpoint already has an action expert or is not a PaliGemma, or `"sdpa"` is asked for where
             attention scores are soft-capped.
     """
-    located = {key: vlm_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in vlm_kwargs}
+    places = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+    located = {key: vlm_kwargs[key] for key in places if key in vlm_kwargs}
+    # All of one commit, which is worth noting: the branch may be another tomorrow.
+    commit = extract_commit_hash(cached_file(name, CONFIG_NAME, **located), None)
+    if commit is not None:
+        located["revision"] = commit
+        vlm_kwargs = {**vlm_kwargs, "revision": commit}
     config: Any = AutoConfig.from_pretrained(name, **located)
     if isinstance(config, PaliGemmaFlowConfig):
         raise ValueError(f"'{name}' already has an action expert: load it with PaliGemmaFlowForAction.from_pretrained")
@@ -39,9 +48,10 @@ def load_vlm(
     attn_implementation = dict.fromkeys(("", *_PARTS), "eager") | attn_implementation
     _refuse_sdpa_with_softcapping(config, attn_implementation["text_config"])
     arguments = vlm_kwargs if dtype is None else {**vlm_kwargs, "dtype": dtype}
-    return PaliGemmaForConditionalGeneration.from_pretrained(
-        name, attn_implementation=attn_implementation, **arguments
-    )
+    vlm = PaliGemmaForConditionalGeneration.from_pretrained(name, attn_implementation=attn_implementation, **arguments)
+    # Where transformers kept it before version 5; not saved.
+    vlm.config._commit_hash = commit
+    return vlm
 
 
 def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any]) -> PaliGemmaFlowConfig:
@@ -59,8 +69,14 @@ def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any
         raise ValueError(
             f"not a field of the action expert: {', '.join(unknown)}; there are {', '.join(sorted(_FLOW_FIELDS))}"
         )
-    name = {"vlm_name_or_path": vlm.name_or_path or None}
-    return _convert(vlm.config, PaliGemmaFlowConfig, name | overrides)  # type: ignore[return-value]
+    # A folder of this machine means nothing elsewhere.
+    name = portable_name(vlm.name_or_path) if vlm.name_or_path else None
+    origin = {"vlm_name_or_path": name, "vlm_revision": getattr(vlm.config, "_commit_hash", None)}
+    config: Any = _convert(vlm.config, PaliGemmaFlowConfig, origin | overrides)
+    # What anchors of it are said to be of.
+    config._name_or_path = name or ""
+    config._commit_hash = origin["vlm_revision"]
+    return config
 
 
 def plain_config(config: PaliGemmaFlowConfig) -> PaliGemmaConfig:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
-from hf_aegis.reports.machine_paths import without_machine_paths
+from hf_aegis.machine_paths import without_machine_paths
 
 
 SETTINGS_FILE = "compare.json"

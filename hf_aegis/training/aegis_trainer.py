@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_aegis.anchors import ActivationAnchor
@@ -30,6 +31,8 @@ from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_load_callback import ExpertLoadCallback
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
+from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
+from hf_aegis.training.hub_trainer import HubTrainer
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 DEFAULT_FROZEN = "vision_tower"
 
 
-class AEGISTrainer(Trainer):
+class AEGISTrainer(HubTrainer):
     """
     Fine-tunes a model while its decoder layers keep the activation statistics of an anchor (arXiv 2604.16067).
 
@@ -96,7 +99,6 @@ class AEGISTrainer(Trainer):
 
     args: AEGISConfig
     model: nn.Module
-    _tag_names = ("aegis", "vla", "robotics")
 
     def __init__(
         self,
@@ -320,11 +322,15 @@ class AEGISTrainer(Trainer):
     ) -> TrainOutput:
         """
         Trains. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end, or starts anew
-        where there is none. Afterwards the expert holds its averaged weights; the checkpoints hold both.
+        where there is none; `"org/name"` and `"org/name@revision"` the newest one of a run on the Hub. Afterwards the
+        expert holds its averaged weights; the checkpoints hold both.
         """
         if resume_from_checkpoint is True:
             checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+        elif resume_from_checkpoint and is_hub_checkpoint(resume_from_checkpoint):
+            folder, token = Path(str(self.args.output_dir)), self.args.hub_token
+            resume_from_checkpoint = str(download_checkpoint(resume_from_checkpoint, folder, token))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.ema is not None:
             self.ema.copy_to_model()

@@ -48,7 +48,7 @@ def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
     with torch.random.fork_rng([]):
         found: Any = type(model).from_pretrained(
-            checkpoint, config=model.config, dtype=dtype, output_loading_info=True
+            checkpoint, config=model.config, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     loaded, info = found
     for kind in ("missing_keys", "unexpected_keys"):

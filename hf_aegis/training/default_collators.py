@@ -34,7 +34,7 @@ def action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any
         return processor, None
     if processor is None:
         processor = PaliGemmaFlowProcessor.from_vlm_processor(
-            base.config.vlm_name_or_path or base.config._name_or_path,
+            str(base.name_or_path),
             statistics=getattr(dataset, "statistics", None),
             cameras=getattr(dataset, "cameras", None),
         )

@@ -1,6 +1,5 @@
 """One training run from arguments alone: data, model, anchor, hold-out, trainer, result."""
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 from transformers import set_seed
 
@@ -20,10 +18,12 @@ from hf_aegis.data.vqa import VQACollator
 from hf_aegis.evaluation.expert_spectra import ExpertSpectra
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+from hf_aegis.publishing import write_card
 from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.analysis import Analysis
+from hf_aegis.training.checkpoints import last_complete_checkpoint
 from hf_aegis.training.json_lines import finite_json
 from hf_aegis.training.resources import ResourceCallback
 from hf_aegis.training.run_arguments import RunArguments
@@ -35,25 +35,35 @@ from hf_aegis.training.run_inputs import (
     load_replayed_questions,
 )
 from hf_aegis.training.run_lock import locked_folder
+from hf_aegis.training.run_recipe import RECIPE_FILE, RunRecipe
 from hf_aegis.training.run_scores import action_errors, certified_deviations, projection_means, question_scores
+from hf_aegis.training.run_upload import push_run
 from hf_aegis.training.settling import settle_expert
 from hf_aegis.training.weight_interpolation import WeightPath
 
 
 RESULT_FILE = "result.json"
-RECIPE_FILE = "recipe.yaml"
 ADAPTER_FOLDER = "adapter"
 EXPERT_SPECTRA_FILE = "analysis/expert_spectra.json"
 _PACKAGES = ("hf-aegis", "torch", "transformers", "accelerate", "peft", "datasets", "h5py", "numpy", "safetensors")
 
 
-def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
+def run_training(
+    run: RunArguments, args: AEGISConfig, illustrate: Callable[[Path], Any] | None = None
+) -> dict[str, Any]:
     """
-    Trains and evaluates; continues an interrupted run from its last whole checkpoint.
+    Trains and evaluates; continues an interrupted run from its last whole checkpoint, or, where there is none, from
+    `args.resume_from_checkpoint`, which may be a run on the Hub.
 
     The output folder gets everything that the run needs to be repeated: the resolved recipe, versions and data
-    fingerprints, metrics as JSON lines, the model with its processor, and `result.json`. A finished run with the same
-    recipe is not run again.
+    fingerprints, metrics as JSON lines, the model with its processor, `result.json`, and a model card. A finished run
+    with the same recipe is not run again. With `args.push_to_hub` it is pushed when all that is written, also if it
+    was finished before.
+
+    Args:
+        run ([`RunArguments`]): What is trained on what.
+        args ([`AEGISConfig`]): How.
+        illustrate (`Callable`, *optional*): Given the output folder of a run that will be pushed, puts figures there.
 
     Returns:
         `dict`: On the final questions, if there are any, `vqa_cross_entropy` and `vqa_accuracy` with their 95 %
@@ -68,18 +78,33 @@ def run_training(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
             does not fit.
+        HubUploadError: If the run cannot be pushed. It is finished by then, and the message says how to push it.
     """
     assert args.output_dir is not None
     folder = Path(args.output_dir)
     with locked_folder(folder):
-        return _run_in(folder, run, args)
+        result = _run_in(folder, run, args)
+        if args.push_to_hub:
+            if illustrate is not None:
+                illustrate(folder)
+            repo_id = args.hub_model_id or folder.resolve().name
+            write_card(folder, repo_id)
+            push_run(
+                folder,
+                repo_id,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+                token=args.hub_token,
+                commit_message="Finished run",
+            )
+        return result
 
 
 def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
     run.check()
     if run.gse is not None and args.holds_subspaces:
         raise ValueError(f'preserve="{args.preserve}" holds LoRA\'s adapters alone: it cannot be combined with gse')
-    recipe = _resolved(run, args)
+    recipe = RunRecipe.of(run, args)
     if (finished := _finished(folder, recipe)) is not None:
         return finished
 
@@ -106,7 +131,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         # No loss would reach it.
         model.model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
-    write_text(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
     analysis = (
         Analysis(folder, run, processor, train, args.per_device_train_batch_size) if run.analysis_samples else None
     )
@@ -135,14 +160,15 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     pretrained = _pretrained(trainer) if run.interpolates else {}
     experts = ExpertSpectra(trained) if run.gse is not None else None
-    trainer.train(resume_from_checkpoint=True)
+    unfinished = last_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if unfinished is None else str(unfinished))
     if run.interpolates:
         share = _interpolate(trainer, pretrained, run, VQAHoldout(replayed, processor) if replayed else None)
         if run.settling_steps:
             settle_expert(trainer, run.settling_steps)
     if isinstance(trainer.model, PeftModel):
         # What is measured is what is saved, rounding included.
-        trainer.save_model(str(folder / ADAPTER_FOLDER))
+        trainer.save_model(str(folder / ADAPTER_FOLDER), _internal_call=True)
         if run.lora is not None:
             trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     # Experts stay on it: what routes cannot be merged.
@@ -181,9 +207,11 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         write_text(folder / EXPERT_SPECTRA_FILE, json.dumps(finite_json(experts.compare(policy))))
         # Projector and expert stay as they were trained.
         trainer.model = trainer.model_wrapped = trained.unload()
-    trainer.save_model(str(folder))
+    # Not to be pushed before the result is there.
+    trainer.save_model(str(folder), _internal_call=True)
     result = finite_json(result)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
+    write_card(folder)
     return result
 
 
@@ -228,28 +256,11 @@ def _last_evaluation(trainer: AEGISTrainer) -> dict[str, float] | None:
     return found[-1] if found and found[-1]["step"] == trainer.state.global_step else None
 
 
-def _resolved(run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
-    """Both groups of arguments; of the training's only what differs from the defaults."""
-    defaults = AEGISConfig(output_dir=args.output_dir)
-    changed = {
-        f.name: getattr(args, f.name)
-        for f in dataclasses.fields(args)
-        # A recipe is for others to read.
-        if f.init and not f.name.endswith("_token") and getattr(args, f.name) != getattr(defaults, f.name)
-    }
-    # Through JSON, so that what is compared with a recipe read from disk has the types it would have there.
-    return json.loads(json.dumps({**dataclasses.asdict(run), "output_dir": args.output_dir, **changed}, default=str))
-
-
-def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(folder: Path, recipe: RunRecipe) -> dict[str, Any] | None:
     known = folder / RECIPE_FILE
-    if known.exists():
-        earlier = yaml.safe_load(known.read_text())
-        if different := sorted(k for k in earlier.keys() | recipe.keys() if earlier.get(k) != recipe.get(k)):
-            key = different[0]
-            raise ValueError(
-                f"{folder} holds a run with another recipe: {key} is {earlier.get(key)!r} there and "
-                f"{recipe.get(key)!r} here. Choose another output_dir, or delete the folder"
-            )
+    if known.exists() and (difference := recipe.difference(known.read_text())) is not None:
+        raise ValueError(
+            f"{folder} holds a run with another recipe: {difference}. Choose another output_dir, or delete the folder"
+        )
     result = folder / RESULT_FILE
     return json.loads(result.read_text()) if known.exists() and result.exists() else None

@@ -14,6 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import anchor as command
+from hf_aegis.cli import main
 from hf_aegis.cli.command_parser import CommandParser
 
 
@@ -95,6 +96,72 @@ def test_the_resolved_recipe_repeats_the_run(tiny_vlm, tmp_path):
     command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--moments", "pooled", "--output_dir", first))
     command.run(parse("--config", first / "recipe.yaml", "--output_dir", second))
     assert ActivationAnchor.from_pretrained(first) == ActivationAnchor.from_pretrained(second)
+
+
+def test_an_anchor_is_pushed_where_that_is_asked_for(hub, tiny_vlm, questions, tmp_path, capsys):
+    options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
+    push = ("--push_to_hub", "org/tiny-anchor", "--private", "true", "--hub_revision", "v1")
+    assert command.run(parse(*options, *push)) == 0
+    repository = hub.repo("org/tiny-anchor", "dataset")
+    assert repository.private
+    assert set(repository.files("v1")) == {"README.md", "anchor.safetensors", "anchor_config.json", "layers.jsonl"}
+    anchor = ActivationAnchor.from_pretrained("org/tiny-anchor", revision="v1")
+    assert anchor == ActivationAnchor.from_pretrained(tmp_path / "anchor")
+    (repeating,) = parse("--config", tmp_path / "anchor" / "recipe.yaml").recipe
+    assert repeating.push_to_hub is None
+    assert "license: mit" in repository.files("v1")["README.md"].decode(), "that of easy-vqa"
+    assert f"pushed: {hub.url}/datasets/org/tiny-anchor/commit/" in capsys.readouterr().out
+    answers = ("--dataset", questions, "--answer_column", "best", "--dataset_license", "cc-by-4.0")
+    command.run(parse(*options, *answers, "--push_to_hub", "org/tiny-anchor"))
+    for content in repository.files().values():
+        assert not any(str(path).encode() in content for path in (tmp_path, tiny_vlm, questions))
+    assert "license: cc-by-4.0" in repository.files()["README.md"].decode()
+
+
+def test_a_card_of_one_s_own_is_kept_and_nothing_else_of_the_folder_is_pushed(hub, tiny_vlm, tmp_path):
+    folder = tmp_path / "anchor"
+    command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--output_dir", folder))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    assert main(["push", str(folder), "org/tiny-anchor", "--keep_card"]) == 0
+    files = hub.repo("org/tiny-anchor", "dataset").files()
+    assert set(files) == {"README.md", "anchor.safetensors", "anchor_config.json", "layers.jsonl"}
+    assert files["README.md"].endswith(b"mine\n")
+    assert main(["push", str(folder), "org/tiny-anchor"]) == 0
+    assert b"# Activation anchor of tiny-vlm" in hub.repo("org/tiny-anchor", "dataset").files()["README.md"]
+
+
+def test_a_push_that_cannot_succeed_is_refused_at_once_and_one_that_fails_later_loses_nothing(hub, tiny_vlm, tmp_path):
+    options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
+    with pytest.raises(OSError, match="nothing can be pushed to the dataset repository elsewhere/name: "):
+        command.run(parse(*options, "--push_to_hub", "elsewhere/name"))
+    assert not (tmp_path / "anchor").exists()
+    hub.fail_next("POST", "/commit/")
+    with pytest.raises(OSError, match=rf"{tmp_path / 'anchor'} was not pushed .*`hf upload org/name"):
+        command.run(parse(*options, "--push_to_hub", "org/name"))
+    assert ActivationAnchor.from_pretrained(tmp_path / "anchor").fingerprint.num_samples == 4
+    assert hub.repo("org/name", "dataset").files() == {}
+
+
+def test_anchors_are_compared_and_merged(tiny_vlm, tmp_path, capsys):
+    for name, seed in (("first", 0), ("second", 1)):
+        options = ("--model", tiny_vlm, "--num_samples", 4, "--moments", "pooled", "--seed", seed)
+        command.run(parse(*options, "--output_dir", tmp_path / name))
+    first, second = (ActivationAnchor.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    capsys.readouterr()
+    assert main(["anchor", "compare", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[-first.num_layers :]]
+    assert [row[0] for row in table] == ["0", "1", "2"]
+    assert [float(row[1]) for row in table] == pytest.approx(first.distance(second).tolist(), rel=1e-3)
+    assert [float(row[2]) + float(row[3]) for row in table] == pytest.approx(
+        [float(row[1]) for row in table], rel=1e-3
+    )
+    assert any(line.startswith("num_tokens") for line in lines)
+    merged = ["anchor", "merge", str(tmp_path / "first"), str(tmp_path / "second")]
+    assert main([*merged, "--output_dir", str(tmp_path / "merged")]) == 0
+    assert ActivationAnchor.from_pretrained(tmp_path / "merged") == ActivationAnchor.merge([first, second])
+    assert main(["anchor", "compare", str(tmp_path / "first"), str(tmp_path / "first")]) == 0
+    assert "the fingerprints agree" in capsys.readouterr().out
 
 
 def test_one_kind_of_tokens(tiny_vlm, tmp_path):
@@ -179,6 +246,7 @@ def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, option
         ("batch_size: 0", "batch_size must be at least 1, found 0"),
         ("max_output_rank: 0", "max_output_rank must be at least 1, found 0"),
         ("sensitivity_temperature: 0.0", "sensitivity_temperature must be above 0 and finite, found 0"),
+        ("private: true", "private is about what push_to_hub names, which is not set"),
         ("sensitivity: true", "sensitivity needs the subspaces that its pairs are of: set subspaces to true"),
     ],
 )

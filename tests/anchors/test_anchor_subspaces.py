@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_aegis.anchors import ActivationAnchor, AnchorMismatchError, SubspaceOptions, find_decoder_layers
-from hf_aegis.anchors.linears import find_linears
+from hf_aegis.anchors.linear_layers.names import find_linears
 
 
 # PEFT still asks transformers for a property under its old name.

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_aegis.anchors import InputSubspace, SubspaceOptions
+from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices
 from hf_aegis.anchors.merging import merged_subspaces
-from hf_aegis.anchors.second_moments import SecondMoments, SketchMatrices
 from hf_aegis.functional.subspace import nystrom_eigenpairs, principal_angles
 
 

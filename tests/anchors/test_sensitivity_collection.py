@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions, find_decoder_layers, sensitivity_collection
-from hf_aegis.anchors.linears import find_linears
+from hf_aegis.anchors.linear_layers.names import find_linears
 from hf_aegis.anchors.prediction_gradients import PredictionGradients
 from hf_aegis.anchors.sensitivity_collection import PairProducts
 

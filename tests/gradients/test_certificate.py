@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
 from hf_aegis.anchors import ActivationAnchor, InputSubspace, SubspaceOptions, find_decoder_layers
-from hf_aegis.anchors.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
 from hf_aegis.gradients import Certificate, HeldSubspace
 from hf_aegis.gradients.certificate import last_of
 from hf_aegis.gradients.linear_probes import RowSample

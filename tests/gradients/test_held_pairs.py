@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_aegis.anchors import ActivationAnchor, InputSubspace
-from hf_aegis.anchors.sensitivities import PairSensitivity
+from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
 from hf_aegis.gradients import HeldSubspace, HeldWeight
 from hf_aegis.gradients.held_pairs import sensitivity_threshold
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_aegis.anchors import InputSubspace
-from hf_aegis.anchors.linears import find_linears
+from hf_aegis.anchors.linear_layers.names import find_linears
 from hf_aegis.gradients import HeldSubspace, HeldWeight
 from hf_aegis.gradients.linear_sites import find_linear_sites
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,10 @@ def test_from_vlm_adds_only_the_expert(vlm_folder, vlm, expert):
     for key, value in info.items():
         assert torch.equal(model.state_dict()[key], value)
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert model.config.vlm_name_or_path == vlm_folder
+    assert model.name_or_path == vlm_folder
+    # What is saved says nothing about this machine.
+    assert model.config.vlm_name_or_path == Path(vlm_folder).name
+    assert vlm_folder not in model.config.to_json_string()
     assert model.config.text_config._attn_implementation == "eager"
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert model.action_expert.norm.weight.dtype == torch.float32

@@ -272,12 +272,6 @@ def test_peak_memory_where_the_system_cannot_start_a_new_measurement(tmp_path, m
         resources_module._can_reset_resident_peak.cache_clear()
 
 
-def test_a_recipe_holds_no_secret(make_run, make_args):
-    recipe = run_module._resolved(make_run(), make_args(hub_token="hf_secret", hub_model_id="org/name"))
-    assert recipe["hub_model_id"] == "org/name"
-    assert "hf_secret" not in json.dumps(recipe)
-
-
 def test_what_a_run_costs(make_language_model, make_args, token_dataset):
     class Allocate(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
