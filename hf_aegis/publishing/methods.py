@@ -204,6 +204,18 @@ def _structure(arguments: Mapping[str, Any]) -> list[_Part]:
                 "weight-interpolation",
             )
         )
+    if (tolerance := arguments.get("keep_within")) is not None:
+        parts.append(
+            (
+                "weight interpolation",
+                "After training, weights went back towards the pre-trained ones until the cross-entropy on known "
+                f"questions was within {100 * tolerance:g} % of what it was.",
+                "2109.01903",
+                "weight-interpolation",
+            )
+        )
+    if steps := arguments.get("settling_steps"):
+        parts.append(("settling", f"{steps} steps of the action expert alone followed.", None, "settling"))
     return parts
 
 

@@ -116,6 +116,11 @@ def test_a_broken_file_is_named(run_folder):
         ({"lora": {"r": 16}}, "AEGIS + LoRA", ["2604.16067", "2106.09685"]),
         ({"preserve": "none", "gse": {"r": 16}}, "VLA-GSE", ["2605.06175"]),
         ({"preserve": "none", "weight_interpolation": 0.5}, "weight interpolation", ["2109.01903"]),
+        (
+            {"preserve": "none", "keep_within": 0.05, "settling_steps": 9},
+            "weight interpolation + settling",
+            ["2109.01903"],
+        ),
     ],
 )
 def test_methods_in_words(arguments, name, papers):
