@@ -162,7 +162,7 @@ def _ask_tab() -> None:
             image = picture_input(
                 label="Image",
                 sources=["upload", "clipboard"],
-                height=260,
+                height=300,
                 elem_id="image",
                 placeholder="Drop an image here, or click to choose one",
             )
