@@ -88,11 +88,12 @@ class ModelPolicy:
         """
         from transformers import AutoConfig, AutoProcessor
 
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
+        config = AutoConfig.from_pretrained(source, **pinned)
         if config.model_type != PaliGemmaFlowForAction.config_class.model_type:
             raise ValueError(f"{source} is a {config.model_type!r} model without an action expert: it cannot act")
         model: Any = PaliGemmaFlowForAction.from_pretrained(
-            source, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+            source, dtype=dtype, attn_implementation=attn_implementation, **pinned
         )
         if _has_unmerged_adapter(Path(source)):
             from peft import PeftModel
@@ -100,7 +101,7 @@ class ModelPolicy:
             import hf_aegis.tuners  # noqa: F401 (registers what adapters may be)
 
             model = PeftModel.from_pretrained(model, str(Path(source) / _ADAPTER_FOLDER)).get_base_model()
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = AutoProcessor.from_pretrained(source, **pinned)
         return cls(model.to(device).eval(), processor, **options)
 
     @property
@@ -166,6 +167,11 @@ class ModelPolicy:
         if missing := [name for name in self.state_features if name not in proprioception]:
             raise ValueError(f"the policy's state is made of {list(self.state_features)}; missing are {missing}")
         state = np.concatenate([np.asarray(proprioception[name], dtype=np.float32) for name in self.state_features])
+        assert self.processor.statistics is not None  # checked at the door
+        if state.shape != (expected := (self.processor.statistics.state.dimension,)):
+            raise ValueError(
+                f"the policy's state {list(self.state_features)} has shape {expected}, found {state.shape}"
+            )
         if not np.isfinite(state).all():
             raise ValueError(f"the state holds NaN or infinity: {state.tolist()}")
         return state
@@ -180,7 +186,8 @@ class ModelPolicy:
 
     def _executable(self, actions: np.ndarray) -> np.ndarray | PolicyError:
         try:
-            return checked_chunk(self.processor.postprocess_actions(checked_chunk(actions, actions.shape[-1])))
+            finite = checked_chunk(actions, actions.shape[-1])
+            return checked_chunk(np.asarray(self.processor.postprocess_actions(finite)))
         except PolicyError as error:
             return error
 

@@ -1,4 +1,4 @@
-"""What a policy is to a rollout, and to whoever serves one: told an instruction, it turns observations into actions."""
+"""What a policy is to rollouts and to a server: told an instruction, it turns observations into actions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
