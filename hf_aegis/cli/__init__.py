@@ -26,6 +26,7 @@ COMMANDS = {
     "train": ("hf_aegis.cli.train", "fine-tune a vision-language model into a policy from a recipe"),
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),
+    "serve": ("hf_aegis.cli.serve", "let clients of openpi's policy servers ask a trained policy for actions"),
     "data": ("hf_aegis.cli.data", "record, combine and inspect LIBERO demonstrations"),
 }
 
