@@ -27,6 +27,7 @@ COMMANDS = {
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),
     "serve": ("hf_aegis.cli.serve", "let clients of openpi's policy servers ask a trained policy for actions"),
+    "eval-libero": ("hf_aegis.cli.eval_libero", "measure how often a policy succeeds in the LIBERO simulator"),
     "data": ("hf_aegis.cli.data", "record, combine and inspect LIBERO demonstrations"),
 }
 
