@@ -54,7 +54,10 @@ class Film:
             raise ValueError(f"a film is a file of one of the formats {list(FILM_FORMATS)}, found {path.name}")
         if not self.frames:
             raise ValueError("a film has at least one picture, found none")
-        pictures = [captioned(frame, self.instruction, f"step {step}", outcome) for step, frame in self.frames]
+        pictures = [
+            captioned(frame, self.instruction, f"step {step} of {self.frames[-1][0]}", outcome)
+            for step, frame in self.frames
+        ]
         duration = 1000 * STEPS_PER_FRAME // STEPS_PER_SECOND
         durations = [*[duration] * (len(pictures) - 1), 2000]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def captioned(frame: np.ndarray, instruction: str, moment: str, outcome: str) ->
     for row, line in enumerate(lines):
         draw.text((4, height + 2 + row * _LINE_HEIGHT), line, fill=(20, 20, 20), font=font)
     below = height + 2 + len(lines) * _LINE_HEIGHT
-    draw.text((4, below), f"{moment}: {outcome}", fill=_COLOURS[outcome], font=font)
+    draw.text((4, below), f"{outcome}, {moment}", fill=_COLOURS[outcome], font=font)
     return picture
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -100,7 +101,10 @@ class ModelPolicy:
 
             import hf_aegis.tuners  # noqa: F401 (registers what adapters may be)
 
-            model = PeftModel.from_pretrained(model, str(Path(source) / _ADAPTER_FOLDER)).get_base_model()
+            with warnings.catch_warnings():
+                # peft asks transformers by a name that is deprecated there.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                model = PeftModel.from_pretrained(model, str(Path(source) / _ADAPTER_FOLDER)).get_base_model()
         processor = AutoProcessor.from_pretrained(source, **pinned)
         return cls(model.to(device).eval(), processor, **options)
 
