@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, EpisodeSpec
 
 
+CHOSEN_BY_COMPARISON = ("model", "policy", "revision", "demonstrations", "output")
+"""Fields that `hf-aegis compare` fills in for each of its runs."""
+
+# How an evaluation is carried out, which its results do not depend on.
+_CARRYING_OUT = ("num_envs", "hang_seconds", "retry_crashed", "film_format")
+
+
 @dataclass
 class EvalLiberoArguments:
     """
@@ -144,12 +151,22 @@ def run(arguments: argparse.Namespace) -> None:
             retry_crashed=asked.retry_crashed,
             line={"protocol": settings["protocol"], "policy": settings["fingerprint"]},
         )
-    scores = score_table(results, settings)
+    scores = {"asked": _asked(asked), **score_table(results, settings)}
     print(format_table(scores))
     text = json.dumps(scores, indent=2)
     print(text)
     if output is not None:
         write_text(output, text + "\n")
+
+
+def asked_of_comparison(section: dict[str, Any]) -> dict[str, Any]:
+    """What the key `asked` of an output is, after an evaluation with the fields that a comparison's recipe has."""
+    return _asked(EvalLiberoArguments(model="its own", output="its own", **section))
+
+
+def _asked(asked: EvalLiberoArguments) -> dict[str, Any]:
+    left_out = (*CHOSEN_BY_COMPARISON, *_CARRYING_OUT)
+    return {name: value for name, value in dataclasses.asdict(asked).items() if name not in left_out}
 
 
 def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) -> dict[str, Any]:

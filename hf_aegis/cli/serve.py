@@ -3,6 +3,8 @@
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hf_aegis.cli.device import resolve_device
 
@@ -58,7 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
     from hf_aegis.evaluation.rollouts import ModelPolicy
     from hf_aegis.serving import ObservationReader, PolicyServer
 
-    _log_to_stderr()
     policy = ModelPolicy.from_pretrained(
         arguments.model,
         revision=arguments.revision,
@@ -83,12 +84,14 @@ def run(arguments: argparse.Namespace) -> None:
         )
         await server.run(signals=True)
 
-    for key, value in reader.expected.items():
-        logging.getLogger("hf_aegis.serving").info("clients send %s: %s", key, value)
-    asyncio.run(serve())
+    with _logging_to_stderr() as log:
+        for key, value in reader.expected.items():
+            log.info("clients send %s: %s", key, value)
+        asyncio.run(serve())
 
 
-def _log_to_stderr() -> None:
+@contextmanager
+def _logging_to_stderr() -> Iterator[logging.Logger]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("hf_aegis.serving")
@@ -96,3 +99,7 @@ def _log_to_stderr() -> None:
     log.setLevel(logging.INFO)
     # Of connections it tells a line each, and the traceback of every port scan.
     logging.getLogger("hf_aegis.serving.server.websockets").setLevel(logging.CRITICAL)
+    try:
+        yield log
+    finally:
+        log.removeHandler(handler)

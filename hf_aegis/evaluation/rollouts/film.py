@@ -19,7 +19,7 @@ STEPS_PER_FRAME = 4
 STEPS_PER_SECOND = 20
 
 _LINE_HEIGHT = 15
-_COLOURS = {"success": (0, 114, 78), "failure": (176, 42, 48), "crash": (90, 90, 90)}
+OUTCOME_COLOURS = {"success": (0, 114, 78), "failure": (176, 42, 48), "crash": (90, 90, 90)}
 
 
 class Film:
@@ -82,7 +82,7 @@ def captioned(frame: np.ndarray, instruction: str, moment: str, outcome: str) ->
     for row, line in enumerate(lines):
         draw.text((4, height + 2 + row * _LINE_HEIGHT), line, fill=(20, 20, 20), font=font)
     below = height + 2 + len(lines) * _LINE_HEIGHT
-    draw.text((4, below), f"{outcome}, {moment}", fill=_COLOURS[outcome], font=font)
+    draw.text((4, below), f"{outcome}, {moment}", fill=OUTCOME_COLOURS[outcome], font=font)
     return picture
 
 
