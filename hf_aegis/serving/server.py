@@ -138,9 +138,9 @@ class PolicyServer:
                 logger=logging.getLogger(f"{__name__}.websockets"),
             ) as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
-                logger.info("serving on ws://%s:%d", self.host, self.port)
                 if signals:
                     self._stop_on_signals()
+                logger.info("serving on ws://%s:%d", self.host, self.port)
                 if started is not None:
                     started.set()
                 await self._stopping.wait()
