@@ -13,7 +13,8 @@ this does not download.
 One episode for each variant, from the first of its fixed initial states, within openpi's step limits, as LIBERO-plus
 prescribes. Differences from its own evaluation: instructions are the undisturbed task's (its benchmark leaves the
 variant's name in them) except where wording is the disturbance; and where the robot's initial state is, the fixed
-state of the objects does not undo it. Finished episodes are not repeated; errors of the simulator are counted apart.
+state of the objects does not undo it. Finished episodes are not repeated; errors of the simulator are
+counted apart, and tried again at the next start.
 """
 
 import argparse
@@ -97,8 +98,14 @@ def begin(output: Path, settings: dict[str, Any]) -> None:
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(bound) + "\n")
-    elif (found := json.loads(output.read_text().splitlines()[0])) != bound:
+        return
+    text = output.read_text()
+    # Without what a killed process left of its last line.
+    text = text[: text.rfind("\n") + 1]
+    found = json.loads(text.splitlines()[0]) if text else None
+    if found != bound:
         raise ValueError(f"{output} holds episodes of {found}, not of {bound}: give another --output")
+    write_text(output, text)
 
 
 def environment(folder: Path) -> Path:
@@ -147,7 +154,9 @@ def simulator_variables(folder: Path) -> dict[str, str]:
 
 def table(output: Path) -> str:
     """Successes of each kind with Wilson's 95 % intervals, and beside them the errors, which are no failures."""
-    episodes = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    # Of a variant that was tried again, the last.
+    tried = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    episodes = list({episode["variant"]: episode for episode in tried}.values())
     lines = [f"{'disturbed':<15}{'success':>10}{'95 %':>16}{'errors':>8}"]
     for kind in [kind for kind in KINDS if any(episode["kind"] == kind for episode in episodes)] + ["all"]:
         chosen = [episode for episode in episodes if kind in (episode["kind"], "all")]

@@ -8,7 +8,6 @@ nothing of hf_aegis: what acts is whatever answers openpi's client at the given 
 import argparse
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -75,6 +74,13 @@ def parse(file: str, suite: str) -> Variant | None:
 def _instruction(task: str) -> str:
     """LIBERO's own evaluation takes it from the name too, of which `KITCHEN_SCENE3_` is not a part."""
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+
+
+def installed_folder() -> Path:
+    """Where LIBERO-plus is installed, without importing it, which takes long."""
+    spec = importlib.util.find_spec("liberoplus")
+    assert spec is not None and spec.origin is not None, "LIBERO-plus is not installed: start libero_plus.py instead"
+    return Path(spec.origin).parent / "liberoplus"
 
 
 def task_names(folder: Path, suite: str) -> list[str]:
@@ -256,20 +262,23 @@ def main() -> None:
     parser.add_argument("--settings", required=True, help="JSON object that `libero_plus.py` writes")
     settings = json.loads(parser.parse_args().settings)
     suite, output = settings["suite"], Path(settings["output"])
-    done = {json.loads(line)["variant"] for line in output.read_text().splitlines()[1:]}
+    episodes = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    # What failed to run is tried again, perhaps after a library was installed.
+    done = {episode["variant"] for episode in episodes if "error" not in episode}
+
+    folder = installed_folder()
+    variants = [variant for name in task_names(folder, suite) if (variant := parse(name, suite)) is not None]
+    chosen = choose(variants, settings["kinds"], settings["per_kind"], settings["seed"])
+    remaining = [variant for variant in chosen if variant.file not in done]
+    print(f"{len(chosen)} variants, {len(chosen) - len(remaining)} of them finished before", flush=True)
+    if not remaining:
+        return
 
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-    wrapper, magick = import_wrapper()
-    import liberoplus.liberoplus
-
-    folder = Path(os.path.dirname(liberoplus.liberoplus.__file__))
-    variants = [variant for name in task_names(folder, suite) if (variant := parse(name, suite)) is not None]
-    chosen = choose(variants, settings["kinds"], settings["per_kind"], settings["seed"])
     policy = WebsocketClientPolicy(settings["host"], settings["port"])
-    for number, variant in enumerate(chosen, 1):
-        if variant.file in done:
-            continue
+    wrapper, magick = import_wrapper()
+    for number, variant in enumerate(remaining, 1):
         began = time.perf_counter()
         result: dict[str, Any] = {"variant": variant.file, "kind": variant.kind}
         np.random.seed(settings["seed"])
@@ -281,7 +290,7 @@ def main() -> None:
         with output.open("a") as file:
             file.write(json.dumps(result) + "\n")
         outcome = result.get("error") or ("success" if result["success"] else "failure")
-        print(f"{number}/{len(chosen)} {variant.kind}: {outcome} ({variant.file})", flush=True)
+        print(f"{number}/{len(remaining)} {variant.kind}: {outcome} ({variant.file})", flush=True)
 
 
 def attempt(wrapper: Any, folder: Path, variant: Variant, policy: Any, settings: dict[str, Any]) -> dict[str, Any]:

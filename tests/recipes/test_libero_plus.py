@@ -125,16 +125,21 @@ def test_a_file_holds_episodes_of_the_same_settings(launcher, tmp_path):
     # More variants go on in the same file, of another server too.
     launcher.begin(output, settings | {"per_kind": 9, "port": 9000})
     assert output.read_text() == first
+    # What a killed process left of a line is dropped, so that the next one begins a line.
+    output.write_text(first + '{"variant": "a"}\n{"variant": "b", "ki')
+    launcher.begin(output, settings)
+    assert output.read_text() == first + '{"variant": "a"}\n'
     with pytest.raises(ValueError, match="give another --output"):
         launcher.begin(output, settings | {"seed": 8})
 
 
 def test_errors_are_counted_apart(launcher, tmp_path):
     episodes = [
-        {"kind": "camera", "success": True},
-        {"kind": "camera", "success": False},
-        {"kind": "camera", "error": "MujocoException: ..."},
-        {"kind": "noise", "error": "motion blur"},
+        {"variant": "a", "kind": "camera", "success": True},
+        {"variant": "b", "kind": "camera", "error": "tried again below"},
+        {"variant": "b", "kind": "camera", "success": False},
+        {"variant": "c", "kind": "camera", "error": "MujocoException: ..."},
+        {"variant": "d", "kind": "noise", "error": "motion blur"},
     ]
     output = tmp_path / "episodes.jsonl"
     output.write_text("\n".join(json.dumps(line) for line in [{"suite": "libero_object"}, *episodes]) + "\n")
