@@ -1,5 +1,6 @@
 """Strips of films: which episodes are chosen, and that each row is one."""
 
+import html
 import json
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from PIL import Image
 
 from hf_aegis.evaluation.rollouts.film import Film
+from hf_aegis.functional.wilson import wilson_interval
+from hf_aegis.reports.comparison_report import write_report
 from hf_aegis.reports.film_strips import filmed_episodes, plot_film_strips
 from hf_aegis.reports.run_logs import RunLogs
 
@@ -59,3 +62,30 @@ def test_the_episode_is_one_that_most_conditions_have_on_film(tmp_path):
     for row, colour in enumerate((20, 40)):
         scene = picture[row * height + 60, 10]
         assert scene == pytest.approx([colour] * 3, abs=6)
+
+
+def test_the_report_shows_success_and_films(tmp_path, write_comparison):
+    conditions = {"naive": (1.4, 0.61, 0.332), "aegis": (0.84, 0.71, 0.328)}
+    folder = write_comparison(tmp_path / "comparison", conditions, seeds=(0,), layers=2, analyses=False)
+    for successes, (name, colour) in enumerate((("naive", 60), ("aegis", 200)), start=3):
+        (folder / "elsewhere" / name).mkdir(parents=True)
+        logs = run(folder / "elsewhere" / name, name, 0, {0: colour})
+        for path in sorted(logs.folder.iterdir()):
+            path.rename(folder / "runs" / name / "seed_0" / path.name)
+        score = {"episodes": 10, "successes": successes, "crashed": 0, "success_rate": successes / 10}
+        scores = {**score, "by_suite": {"s": score}}
+        (folder / "runs" / name / "seed_0" / "libero.json").write_text(json.dumps(scores))
+    settings = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps({**settings, "libero": {"suite": ["s"], "episodes": 10}}))
+    text = write_report(folder).read_text()
+    low, high = wilson_interval(3, 10)
+    assert f"30.0 [{100 * low:.1f}, {100 * high:.1f}]" in text
+    assert "Asked for: suite ['s']; episodes 10." in html.unescape(text)
+    assert "fixed start 0, the same for all conditions" in text
+    with Image.open(folder / "figures" / "film_strips.png") as sheet:
+        assert sheet.size == (8 * 130 - 2, 2 * 150)
+    # Of a comparison in which nothing acts, nothing is missing.
+    for path in folder.glob("runs/*/*/libero.json*"):
+        path.rename(path.with_name(f"other_{path.name}"))
+    text = write_report(folder).read_text()
+    assert "LIBERO simulator" not in text
