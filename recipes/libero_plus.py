@@ -117,8 +117,10 @@ def environment(folder: Path) -> Path:
     print(f"making an environment for LIBERO-plus in {folder}", flush=True)
     beside = Path(sys.executable).with_name("uv")
     if (uv := str(beside) if beside.exists() else shutil.which("uv")) is not None:
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *REQUIREMENTS], check=True)
+        # This project's settings for uv lift openpi-client's bound on numpy, which is LIBERO-plus' own too.
+        plain = [uv, "--no-config", "--quiet"]
+        subprocess.run([*plain, "venv", "--clear", "--python", "3.11", folder], check=True)
+        subprocess.run([*plain, "pip", "install", "--python", python, *REQUIREMENTS], check=True)
     else:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
