@@ -26,6 +26,8 @@ COMMANDS = {
     "train": ("hf_aegis.cli.train", "fine-tune a vision-language model into a policy from a recipe"),
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),
+    "serve": ("hf_aegis.cli.serve", "let clients of openpi's policy servers ask a trained policy for actions"),
+    "eval-libero": ("hf_aegis.cli.eval_libero", "measure how often a policy succeeds in the LIBERO simulator"),
     "push": ("hf_aegis.cli.push", "push an anchor, a policy, an adapter or a comparison's results to the Hub"),
     "space": ("hf_aegis.cli.space", "show the models' answers and actions on a page, here or as a Space on the Hub"),
     "data": ("hf_aegis.cli.data", "record, combine and inspect LIBERO demonstrations"),

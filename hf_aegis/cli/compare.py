@@ -25,6 +25,9 @@ class CompareArguments:
         anchors (`dict`, *optional*):
             By name, fields of `hf-aegis anchor`. A condition whose `anchor` is one of the names uses what was
             collected by it.
+        libero (`dict`, *optional*):
+            Fields of `hf-aegis eval-libero`, such as `suite` and `episodes`, but for what is evaluated and where that
+            is written: each trained model then acts in the simulator.
         only (`list[str]`, *optional*): The conditions to run now; by default all.
         jobs (`int`, *optional*):
             Processes side by side, which share the cores. By default as many as before in this folder, with as many
@@ -40,6 +43,7 @@ class CompareArguments:
     shared: dict[str, Any] | None = field(default=None, metadata={"help": "Fields for all, below their own, as JSON."})
     override: dict[str, Any] | None = field(default=None, metadata={"help": "Fields for all, above their own."})
     anchors: dict[str, Any] | None = field(default=None, metadata={"help": "By name, fields of `anchor`, as JSON."})
+    libero: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of `eval-libero`, as JSON."})
     only: list[str] | None = field(default=None, metadata={"help": "The conditions to run now; default: all."})
     jobs: int | None = field(default=None, metadata={"help": "Processes side by side; default: one per GPU or core."})
 
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         OSError: If a recipe cannot be read, the model not be asked, or an anchor not be collected.
     """
     from hf_aegis.cli.comparison import Comparison, placement_in
-    from hf_aegis.cli.conditions import check_runnable, resolve_anchors, resolve_conditions
+    from hf_aegis.cli.conditions import check_rollouts, check_runnable, resolve_anchors, resolve_conditions
     from hf_aegis.reports.results_table import collect_results, markdown_table
 
     asked: CompareArguments = arguments.recipe[0]
@@ -84,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     conditions = resolve_conditions(asked.conditions, shared, override, anchors, source)
     used = resolve_anchors(anchors, conditions, source)
     check_runnable(conditions, source)
+    if asked.libero is not None:
+        check_rollouts(asked.libero, source)
     folder = Path(asked.output_dir)
     comparison = Comparison(
         folder=folder,
@@ -92,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         placement=placement_in(folder, asked.jobs, at_most=len(conditions) * len(asked.seeds)),
         anchors=used,
         questions=_questions(next(iter(conditions.values()))),
+        libero=asked.libero,
         only=tuple(asked.only) if asked.only is not None else None,
     )
     if (missing := _cannot_draw()) is not None:

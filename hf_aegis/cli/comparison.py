@@ -15,9 +15,16 @@ import yaml
 
 from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
+from hf_aegis.cli.eval_libero import asked_of_comparison
 from hf_aegis.cli.processes import Call, Placement, available_cores, run_calls
 from hf_aegis.machine_paths import without_machine_paths
-from hf_aegis.reports.results_table import FAILURES_FILE, PRETRAINED_FILE, SETTINGS_FILE, write_results
+from hf_aegis.reports.results_table import (
+    FAILURES_FILE,
+    PRETRAINED_FILE,
+    ROLLOUTS_FILE,
+    SETTINGS_FILE,
+    write_results,
+)
 
 
 # What a command writes last, or a run once it has been set up.
@@ -46,6 +53,15 @@ class Run:
         return Call(f"{self.condition}_seed_{self.seed}", ("train", "--config", str(self.recipe)))
 
     @property
+    def rollout_recipe(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.libero.yaml")
+
+    @property
+    def rollout_call(self) -> Call:
+        name = f"{self.condition}_seed_{self.seed}_libero"
+        return Call(name, ("eval-libero", "--config", str(self.rollout_recipe)))
+
+    @property
     def finished(self) -> bool:
         return (self.folder / _RESULT).exists()
 
@@ -69,6 +85,8 @@ class Comparison:
         anchors (`Mapping`, *optional*): By name, the recipe of `hf-aegis anchor` but for `output_dir`.
         questions (`Mapping`, *optional*):
             Options of `hf-aegis eval-vqa`, which asks the model before training; `None` for no questions.
+        libero (`Mapping`, *optional*):
+            Fields of `hf-aegis eval-libero`, which lets each trained model act; `None` for no rollouts.
         only (`tuple[str, ...]`, *optional*): The conditions to run now; by default all.
     """
 
@@ -78,6 +96,7 @@ class Comparison:
     placement: Placement
     anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     questions: Mapping[str, Any] | None = None
+    libero: Mapping[str, Any] | None = None
     only: tuple[str, ...] | None = None
 
     @property
@@ -98,8 +117,8 @@ class Comparison:
 
     def execute(self) -> list[dict[str, Any]]:
         """
-        Does what is left to do: asks the model before training, collects the anchors, trains. The table is written
-        anew after each run.
+        Does what is left to do: asks the model before training, collects the anchors, trains, and lets what was
+        trained act. The table is written anew after each run.
 
         Returns:
             `list[dict]`: `condition`, `seed` and `error` of the runs that failed; the others went on.
@@ -117,12 +136,44 @@ class Comparison:
             if calls := list(self._preparations()):
                 print(f"Before training: {', '.join(call.name for call in calls)} ...", flush=True)
                 run_calls(calls, self.folder / "logs", self.placement)
-            failures = self._train()
+            failures = self._train() + self._roll_out()
             write_results(self.folder)
         return failures
 
     def _train(self) -> list[dict[str, Any]]:
         pending = {run.call: run for run in self.chosen if not run.finished}
+        steps = {run: self.conditions[run.condition].get("max_steps", -1) for run in pending.values()}
+        # Without `max_steps` the length depends on the data: then the bar counts runs.
+        bar: dict[str, Any] = {}
+        ended: set[Run] = set()
+        if all(count > 0 for count in steps.values()):
+            bar["total"] = sum(steps.values())
+            bar["progress"] = lambda: sum(n if run in ended else run.steps_done() for run, n in steps.items())
+        return self._carry_out(pending, "Training, with each seed from the same start on the same batches", ended, bar)
+
+    def _roll_out(self) -> list[dict[str, Any]]:
+        if self.libero is None:
+            return []
+        own = {"num_envs": self.placement.threads, **self.libero}
+        pending = {}
+        for run in self.chosen:
+            output = run.folder / ROLLOUTS_FILE
+            # A model that is trained may be asked for more episodes; the command refuses to mix other settings.
+            done = json.loads(output.read_text())["asked"] if output.exists() else None
+            if run.finished and done != asked_of_comparison(own):
+                recipe = {**own, "model": str(run.folder), "output": str(output)}
+                write_text(run.rollout_recipe, yaml.safe_dump(recipe, sort_keys=False))
+                pending[run.rollout_call] = run
+        return self._carry_out(pending, "Acting in LIBERO")
+
+    def _carry_out(
+        self,
+        pending: Mapping[Call, Run],
+        what: str,
+        ended: set[Run] | None = None,
+        bar: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Runs commands, keeps account of those that fail, and adds to `ended` the runs whose commands have ended."""
         failures: list[dict[str, Any]] = []
         path = self.folder / FAILURES_FILE
         again = {(run.condition, run.seed) for run in pending.values()}
@@ -132,26 +183,19 @@ class Comparison:
         if not pending:
             return failures
 
-        ended: set[Run] = set()
-
         def note(call: Call, error: str | None) -> None:
             run = pending[call]
-            ended.add(run)
+            if ended is not None:
+                ended.add(run)
             if error is not None:
                 error = without_machine_paths(error, self.folder)
                 failures.append({"condition": run.condition, "seed": run.seed, "error": error})
                 write_text(path, json.dumps(earlier + failures, indent=2))
             write_results(self.folder)
 
-        steps = {run: self.conditions[run.condition].get("max_steps", -1) for run in pending.values()}
-        # Without `max_steps` the length depends on the data: then the bar counts runs.
-        bar: dict[str, Any] = {}
-        if all(count > 0 for count in steps.values()):
-            bar["total"] = sum(steps.values())
-            bar["progress"] = lambda: sum(n if run in ended else run.steps_done() for run, n in steps.items())
-        names = ", ".join(dict.fromkeys(run.condition for run in steps))
-        print(f"Training, with each seed from the same start on the same batches: {names} ...", flush=True)
-        run_calls(list(pending), self.folder / "logs", self.placement, ended=note, **bar)
+        names = ", ".join(dict.fromkeys(run.condition for run in pending.values()))
+        print(f"{what}: {names} ...", flush=True)
+        run_calls(list(pending), self.folder / "logs", self.placement, ended=note, **(bar or {}))
         return failures
 
     def _preparations(self) -> Iterator[Call]:
@@ -214,6 +258,7 @@ class Comparison:
             },
             "seeds": sorted({*earlier["seeds"], *self.seeds}),
             "questions": self.questions,
+            "libero": earlier.get("libero") if self.libero is None else dict(self.libero),
             "anchors": earlier["anchors"] | {name: self.anchors[name] for name in self.chosen_anchors},
             # In this comparison's order, after those that only the earlier one had.
             "conditions": {name: own for name, own in earlier["conditions"].items() if name not in self.conditions}

@@ -116,6 +116,28 @@ def check_runnable(conditions: Mapping[str, Mapping[str, Any]], source: Path | N
                 raise ValueError(f"{place}: {error}") from error
 
 
+def check_rollouts(section: Mapping[str, Any], source: Path | None) -> None:
+    """
+    Checks the fields of `hf-aegis eval-libero` that a comparison has, before anything is trained.
+
+    Raises:
+        ValueError: If a field is unknown or chosen by the comparison, a value does not fit, or a task is unknown; file
+            and key are named.
+        ImportError: If the `libero` extra is not installed.
+    """
+    from hf_aegis.cli.eval_libero import CHOSEN_BY_COMPARISON, EvalLiberoArguments
+    from hf_aegis.evaluation.rollouts.libero import chosen_tasks
+
+    place = f"{source or 'hf-aegis compare'}, libero"
+    hints = option_types([EvalLiberoArguments])
+    check_values(section, {name: hint for name, hint in hints.items() if name not in CHOSEN_BY_COMPARISON}, place)
+    try:
+        asked = EvalLiberoArguments(model="its own", output="its own", **section)
+        chosen_tasks(asked.suite or [], asked.tasks)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def _train_hints() -> dict[str, Any]:
     from hf_aegis.cli.train import recipe_classes
 

@@ -1,7 +1,6 @@
 """`hf-aegis eval-vqa`: cross-entropy and accuracy of a model on questions about images, by question type."""
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     from hf_aegis.data.vqa import VQA_PROMPT
     from hf_aegis.data.vqa_sources import EASY_VQA, load_vqa
     from hf_aegis.evaluation.vqa_survey import survey
+    from hf_aegis.evaluation.weight_files import hash_weights
     from hf_aegis.hub import hub_commit
 
     # A wrong option should not cost the loading of a large model first.
@@ -112,7 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {
         "model": portable_name(arguments.model),
         "revision": revision,
-        "weights_sha256": _hash_weights(Path(arguments.model)),
+        # A folder may hold another model tomorrow; what is on the Hub is told by its revision.
+        "weights_sha256": hash_weights(Path(arguments.model)),
         "dataset": portable_name(arguments.dataset),
         "split": split,
         "dataset_revision": dataset_revision,
@@ -194,15 +195,3 @@ def _columns(text: str | None) -> dict[str, str | None] | None:
     if not isinstance(columns, dict) or not all(isinstance(name, str | None) for name in columns.values()):
         raise ValueError(f"--columns must be a JSON object of column names; found {text!r}.")
     return columns
-
-
-def _hash_weights(folder: Path) -> str | None:
-    # A folder may hold another model tomorrow; what is on the Hub is told by its revision.
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""What a model still knows: question answering, scored as published. Names are imported when first used."""
+"""
+What a model still knows, by questions scored as published, and how it acts (`rollouts`). Names are imported when first
+used.
+"""
 
 from typing import Any
 

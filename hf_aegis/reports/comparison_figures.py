@@ -13,6 +13,7 @@ from hf_aegis.reports.bands import Records
 from hf_aegis.reports.drift_plane import drift_plane, plot_drift
 from hf_aegis.reports.expert_figures import plot_expert_spectra, plot_routing
 from hf_aegis.reports.figure_material import Material, MissingDataError
+from hf_aegis.reports.film_strips import filmed_episodes, plot_film_strips
 from hf_aegis.reports.neuron_cosine_figures import plot_neuron_cosines
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
@@ -83,6 +84,9 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
             yield f"cost{suffix}", f"Retention against the time of a step{of_what}", partial(_cost, material, names)
             yield f"vqa{suffix}", f"Question answering during training{of_what}", partial(_vqa, material, names)
             yield f"flow{suffix}", f"Flow loss during training{of_what}", partial(_flow, material, names)
+    # Most comparisons let nothing act, and miss no film.
+    if _that_left(material, RunLogs.rollouts):
+        yield "film_strips", "Episodes in the LIBERO simulator", partial(_film_strips, material)
     yield "gradient_spectra", "Spectra of the two losses' gradients", partial(_spectra, material)
     yield "gradient_concentration", "Concentration of the gradients", partial(_concentration, material)
     yield "drift", "Drift of the hidden states", partial(_drift, material)
@@ -118,6 +122,20 @@ def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str
             else "There is one run of each, so a difference may be chance.",
             *(["The dotted line is the model before fine-tuning."] if before else []),
         ]
+    )
+
+
+def _film_strips(material: Material, path: Path) -> str:
+    labels = {name: style["label"] for name, style in condition_styles(list(material.logs)).items()}
+    episodes = filmed_episodes(material.logs, labels)
+    if not episodes:
+        raise MissingDataError("no finished run filmed an episode (libero: films).")
+    plot_film_strips(episodes, path)
+    shown = episodes[0].episode
+    return (
+        f"Each row is one episode of a trained policy, in pictures evenly spaced over its own time: “"
+        f"{shown['task'].replace('_', ' ')}”, fixed start {shown['start']}, the same for all conditions. One episode "
+        "is an example and no measurement; how often each condition succeeds is in the table."
     )
 
 

@@ -12,6 +12,7 @@ from hf_aegis.reports.diagnostics_table import PAPER_ROW, diagnostics_rows
 from hf_aegis.reports.figure_material import Material
 from hf_aegis.reports.results_table import (
     COLUMNS,
+    ROLLOUTS_NOTE,
     SETTINGS_FILE,
     Column,
     collect_results,
@@ -30,6 +31,7 @@ _BY_TYPE = ("vqa_accuracy_by_answer_type.", "vqa_accuracy_by_type.")
 _COST = ("step_ms", "peak_memory_mb", "trainable_parameters")
 _ANSWERS = ("vqa_cross_entropy", "vqa_accuracy", "vqa_accuracy_change", "vqa_any_match")
 _ACTIONS = ("flow_mse", "action_mse")
+_CLOSED_LOOP = ("libero_success", "libero_crashed")
 _FAST = ("fast_action_mse", "fast_decode_failures")
 _MEANINGS = {
     "vqa_accuracy_change": "the change of the accuracy against the model before fine-tuning",
@@ -153,6 +155,12 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
             html.heading("Accuracy by type of question or answer", level=3),
             html.table(*_table(results, logs, of_types)),
         ]
+    if closed_loop := measured_columns(results, [by_key[key] for key in _CLOSED_LOOP]):
+        blocks += [
+            html.heading("Acting in the LIBERO simulator", level=3),
+            html.table(*_table(results, logs, closed_loop, before=False)),
+            html.paragraph(f"{ROLLOUTS_NOTE} {_rollout_settings(results)}"),
+        ]
     if fast:
         generating = {
             name: runs for name, runs in logs.items() if results["conditions"][name]["measures"].keys() & _FAST
@@ -174,6 +182,11 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
             html.paragraph(f"Median time of a training step, peak memory, and parameters that train.{beside}"),
         ]
     return blocks
+
+
+def _rollout_settings(results: Mapping[str, Any]) -> str:
+    asked = results["settings"].get("libero") or {}
+    return "Asked for: " + "; ".join(f"{name} {value}" for name, value in asked.items()) + "."
 
 
 def _by_type(results: Mapping[str, Any]) -> list[Column]:

@@ -1,8 +1,9 @@
 """
 The results of a comparison as a table: one record per run, and mean and standard deviation over seeds per condition.
 
-What is read is what `hf-aegis compare` leaves in its folder: `compare.json`, `pretrained.json`, `failures.json` and
-`runs/<condition>/seed_<seed>/result.json`. A comparison that is under way can be read as well.
+What is read is what `hf-aegis compare` leaves in its folder: `compare.json`, `pretrained.json`, `failures.json`,
+`runs/<condition>/seed_<seed>/result.json`, and `libero.json` beside it where models were let act. A comparison that is
+under way can be read as well.
 """
 
 import csv
@@ -16,13 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.functional.wilson import wilson_interval
 from hf_aegis.machine_paths import without_machine_paths
 
 
 SETTINGS_FILE = "compare.json"
 PRETRAINED_FILE = "pretrained.json"
 FAILURES_FILE = "failures.json"
+ROLLOUTS_FILE = "libero.json"
+"""In a run's folder, what `hf-aegis eval-libero` wrote."""
 RESULT_FILES = ("results.json", "results.csv", "results.md")
+
+ROLLOUTS_NOTE = (
+    "LIBERO success with its 95 % interval (Wilson) over the episodes of all seeds together, as if they were "
+    "independent; episodes that crashed say nothing of the policy and are counted beside."
+)
 
 _ABOUT_THE_RUN = ("fingerprints", "versions")
 _MISSING = "–"
@@ -48,11 +57,16 @@ class Column:
     spread: bool = True
 
     def cell(self, measure: Mapping[str, Any] | None, runs: int) -> str:
-        """A mean with its standard deviation, where there are several values; says where some runs have none."""
+        """
+        A mean with its interval, where there is one, or its standard deviation, where there are several values; says
+        where some runs have none.
+        """
         if not measure or not measure["n"]:
             return _MISSING
         text = format(self.scale * measure["mean"], self.format)
-        if self.spread and measure["std"] is not None:
+        if (interval := measure.get("interval")) is not None:
+            text += f" [{', '.join(format(self.scale * bound, self.format) for bound in interval)}]"
+        elif self.spread and measure["std"] is not None:
             text += f" ± {format(self.scale * measure['std'], self.format.replace('+', ''))}"
         return text if measure["n"] == runs else f"{text} ({measure['n']} of {runs})"
 
@@ -67,6 +81,8 @@ COLUMNS = (
     Column("fast_action_mse", "FAST open-loop action MSE", ".4f"),
     Column("fast_decode_failures", "FAST chunks not decodable", ".0f"),
     Column("weight_share", "share of the update left (%)", ".0f", 100),
+    Column("libero_success", "LIBERO success (%)", ".1f", 100),
+    Column("libero_crashed", "LIBERO episodes crashed", ".0f", spread=False),
     Column("step_ms", "step (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
@@ -85,7 +101,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
         `dict`: `runs`, one flat record per finished run with `condition`, `seed` and every number of its `result.json`
         (`vqa_accuracy_by_type.color` for a nested one), and `vqa_accuracy_change` against the model before training;
         `conditions`, by name the number of finished `runs` and, in `measures`, `mean`, `std` (divisor n − 1; `None`
-        for a single value) and `n` of each; `before`, the scores of the model before training, or `None`; `failed`,
+        for a single value) and `n` of each, and of `libero_success` the 95 % `interval` over the episodes of all runs;
+        `before`, the scores of the model before training, or `None`; `failed`,
         the runs that ended with an error; and `date`, `command`, `machine`, `versions` and `settings`. Paths in texts
         say nothing about the machine.
 
@@ -104,7 +121,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
                 continue
             result = _read(path)
             _same_questions(result, before, path, folder / PRETRAINED_FILE)
-            runs.append({"condition": condition, "seed": seed, **_numbers(result, before)})
+            rollouts = _rollouts(path.with_name(ROLLOUTS_FILE))
+            runs.append({"condition": condition, "seed": seed, **_numbers(result, before), **rollouts})
             if (found := result.get("versions")) is not None and found not in versions:
                 versions.append(found)
     conditions = {}
@@ -112,6 +130,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
         own = [run for run in runs if run["condition"] == condition]
         keys = [key for key in _keys(own) if key != "energy_shed" or sheds_energy(settings["conditions"][condition])]
         measures = {key: _aggregate(run.get(key) for run in own) for key in keys}
+        if "libero_success" in measures:
+            measures["libero_success"]["interval"] = _pooled_interval(own)
         conditions[condition] = {"runs": len(own), "measures": measures}
     failures = _read(folder / FAILURES_FILE) if (folder / FAILURES_FILE).exists() else []
     return {
@@ -158,6 +178,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     notes = [f"Mean ± standard deviation (n − 1) over seeds; {_MISSING}: not measured."]
     if (jobs := (results["machine"] or {}).get("jobs", 1)) > 1:
         notes.append(f"Step times were measured with {jobs} processes side by side.")
+    if any("libero_success" in condition["measures"] for condition in results["conditions"].values()):
+        notes.append(ROLLOUTS_NOTE)
     notes += [f"Failed: {run['condition']}, seed {run['seed']}: {run['error']}" for run in results["failed"]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n" + "\n\n".join(notes) + "\n"
 
@@ -220,6 +242,27 @@ def _numbers(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dic
     if before is not None and numbers.get("vqa_accuracy") is not None:
         numbers["vqa_accuracy_change"] = numbers["vqa_accuracy"] - before["vqa_accuracy"]
     return numbers
+
+
+def _rollouts(path: Path) -> dict[str, float | None]:
+    """How often the trained model succeeded, in total and by suite, and of how many episodes."""
+    if not path.exists():
+        return {}
+    scores = _read(path)
+    suites = scores["by_suite"] if len(scores["by_suite"]) > 1 else {}
+    return {
+        "libero_success": scores["success_rate"],
+        **{f"libero_success.{name}": score["success_rate"] for name, score in suites.items()},
+        "libero_successes": scores["successes"],
+        "libero_episodes": scores["episodes"],
+        "libero_crashed": scores["crashed"],
+    }
+
+
+def _pooled_interval(runs: Iterable[Mapping[str, Any]]) -> list[float] | None:
+    measured = [run for run in runs if run.get("libero_episodes")]
+    trials = sum(run["libero_episodes"] for run in measured)
+    return list(wilson_interval(sum(run["libero_successes"] for run in measured), trials)) if trials else None
 
 
 def _flat(measures: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.reports.bands import Records
+from hf_aegis.reports.results_table import ROLLOUTS_FILE
 from hf_aegis.reports.style import condition_order
 from hf_aegis.training.json_lines import EXPERTS_FILE, METRICS_FILE, PROJECTION_FILE, JSONLines
 
@@ -45,6 +46,17 @@ class RunLogs:
     def expert_spectra(self) -> dict[str, Any] | None:
         """Singular values of the experts before and after training."""
         return self._json("analysis/expert_spectra.json")
+
+    def rollouts(self) -> list[dict[str, Any]] | None:
+        """The episodes in which the trained model acted."""
+        path = self.folder / f"{ROLLOUTS_FILE}.episodes.jsonl"
+        # The settings come first.
+        return JSONLines(path).read()[1:] if path.exists() else None
+
+    def film(self, suite: str, task: str, start: int) -> Path | None:
+        """The film of such an episode."""
+        folder = self.folder / f"{ROLLOUTS_FILE}.films" / suite
+        return next(iter(sorted(folder.glob(f"{task}_start_{start}.*"))), None)
 
     def neuron_cosines(self) -> dict[str, Any] | None:
         """Histograms of the cosines between task gradient and reference, neuron by neuron."""

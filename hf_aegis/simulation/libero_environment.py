@@ -60,7 +60,7 @@ class LiberoEnvironment:
         self.supersampling = supersampling
         self.rendering = rendering
         self.seed = seed
-        self._render_context: Any = None
+        self._render_contexts: dict[int, Any] = {}
         envs = import_simulator("libero.libero.envs.env_wrapper")
         with _seeded(seed):
             # Without a renderer no OpenGL context is made until the first image is asked for.
@@ -88,7 +88,7 @@ class LiberoEnvironment:
 
     def close(self) -> None:
         """Free the simulation and its OpenGL context."""
-        self._render_context = None
+        self._render_contexts.clear()
         self._libero.close()
 
     @property
@@ -221,23 +221,26 @@ class LiberoEnvironment:
         """Both cameras' pictures, `agentview_rgb` and `eye_in_hand_rgb`: upright `(h, w, 3)` uint8."""
         return {name: self.render(camera) for name, camera in SIMULATOR_CAMERAS.items()}
 
-    def render(self, camera: str) -> np.ndarray:
-        """One simulator camera's picture, upright `(image_size, image_size, 3)` uint8."""
-        size = self.image_size * self.supersampling
+    def render(self, camera: str, size: int | None = None) -> np.ndarray:
+        """
+        One simulator camera's picture, upright `(size, size, 3)` uint8. Of another `size` than `image_size`, which is
+        for people to look at, it is not supersampled.
+        """
+        side, factor = (self.image_size, self.supersampling) if size is None else (size, 1)
+        size = side * factor
         simulation = self._libero.sim
         context = self._context(size)
         context.gl_ctx.make_current()
         context.render(size, size, camera_id=simulation.model.camera_name2id(camera))
         # OpenGL counts rows from the bottom.
         image = context.read_pixels(size, size)[::-1]
-        if self.supersampling == 1:
+        if factor == 1:
             return np.ascontiguousarray(image)
-        factor = self.supersampling
-        blocks = image.reshape(self.image_size, factor, self.image_size, factor, 3).astype(np.float32)
+        blocks = image.reshape(side, factor, side, factor, 3).astype(np.float32)
         return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
 
     def _context(self, size: int) -> Any:
-        if self._render_context is None:
+        if size not in self._render_contexts:
             mujoco = import_simulator("mujoco")
             binding = import_simulator("robosuite.utils.binding_utils")
             quality = self._libero.sim.model.vis.quality
@@ -250,8 +253,8 @@ class LiberoEnvironment:
             if self.rendering == "fast":
                 context.scn.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
                 context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            self._render_context = context
-        return self._render_context
+            self._render_contexts[size] = context
+        return self._render_contexts[size]
 
     @property
     def objects(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The tasks of the LIBERO benchmark: names, instructions, problem files and fixed initial states."""
 
 import ctypes.util
+import functools
 import importlib
 import logging
 import os
@@ -62,7 +63,7 @@ def import_simulator(module: str) -> ModuleType:
         os.environ["MUJOCO_GL"] = "osmesa"
     if os.environ.get("MUJOCO_GL") == "osmesa":
         os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
-        if ctypes.util.find_library("OSMesa") is None:
+        if not _has_osmesa():
             raise ImportError(
                 "MUJOCO_GL is 'osmesa' but the system library OSMesa was not found. Install it (Debian and Ubuntu: "
                 "apt-get install libosmesa6 libglfw3) or select another renderer, e.g. MUJOCO_GL=egl."
@@ -77,6 +78,12 @@ def import_simulator(module: str) -> ModuleType:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{_INSTALL_HINT} (missing module: {error.name})") from error
+
+
+@functools.cache
+def _has_osmesa() -> bool:
+    # Asked before every import of the stack, also within a control loop, and answered by other programs.
+    return ctypes.util.find_library("OSMesa") is not None
 
 
 def _not_about_macros(entry: logging.LogRecord) -> bool:

@@ -30,7 +30,7 @@ import json, sys
 from hf_aegis.cli import main
 loaded = {{}}
 for argv in (["--help"], ["demo", "--help"], ["eval-vqa", "--help"], ["data", "--help"], ["data", "combine", "--help"],
-             ["anchor", "--help"], ["compare", "--help"]):
+             ["anchor", "--help"], ["compare", "--help"], ["serve", "--help"], ["eval-libero", "--help"]):
     try:
         main(argv)
     except SystemExit as ended:
@@ -51,6 +51,8 @@ print(json.dumps(loaded), file=sys.stderr)
         (("train",), ["--anchor", "--expert", "--vqa_samples", "--preserve", "--penalty_scale", "--max_steps"]),
         (("anchor",), ["--config", "--model", "--num_samples", "--moments"]),
         (("eval-vqa",), ["--model", "--revision", "--attn_implementation", "--device", "--max_samples", "--output"]),
+        (("eval-libero",), ["--config", "--model", "--policy", "--suite", "--protocol", "--replan_steps"]),
+        (("serve",), ["--model", "--client", "--host", "--port", "--head", "--max_batch_size", "--max_message_mb"]),
         (("data",), ["record-libero", "combine", "inspect"]),
         (("data", "record-libero"), ["--config", "--tasks", "--num_demonstrations", "--store_states"]),
         (("data", "combine"), ["--output", "--suite", "--overwrite"]),

@@ -1,0 +1,223 @@
+"""
+A policy behind a websocket, for the clients of openpi's policy servers.
+
+On connection the server sends a message about itself. Then each binary message is an observation, and its answer holds
+`actions` and `server_timing`. An answer in text is an error, which openpi's client raises; the connection stays open.
+`GET /healthz` answers 200 as soon as the policy can be asked.
+"""
+
+import asyncio
+import contextlib
+import http
+import ipaddress
+import itertools
+import logging
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+from hf_aegis import __version__
+from hf_aegis.evaluation.rollouts.policy import BatchedPolicy, PolicyRequest
+from hf_aegis.serving.clients import ObservationReader
+from hf_aegis.serving.inference_queue import Answer, InferenceError, InferenceQueue
+from hf_aegis.serving.messages import INSTALL_HINT, MessageError, pack, unpack
+
+
+try:
+    import msgpack  # noqa: F401 (the messages need it; better told before a client comes)
+    from websockets.asyncio.server import Request, Response, ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed
+except ModuleNotFoundError as error:
+    raise ImportError(f"{INSTALL_HINT} (missing module: {error.name})") from error
+
+
+HEALTH_PATH = "/healthz"
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Two pictures of 1024 x 1024 pixels take 6 MiB."""
+CLOSE_TIMEOUT = 3.0
+"""Seconds that a client has to take leave when the server stops."""
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyServer:
+    """
+    Serves one policy to any number of clients.
+
+    Each client's `n`-th question is asked as step `n` of an episode whose seed follows from the server's and the
+    client's number, so that the same clients in the same order get the same answers. The policy keeps no state between
+    questions: a client that is gone leaves nothing behind.
+
+    Args:
+        policy (`BatchedPolicy`): The policy.
+        reader ([`~serving.ObservationReader`]): How the clients' messages are to be read.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): Where to listen. There is no authentication: whoever can
+            reach the port can ask.
+        port (`int`, *optional*, defaults to `8000`): 0 for any that is free.
+        seed (`int`, *optional*, defaults to `0`): Of what the policy draws.
+        max_batch_size (`int`, *optional*, defaults to `8`): Waiting questions that the policy is given at once.
+        max_message_bytes (`int`, *optional*, defaults to 16 MiB): A longer message closes its connection.
+        metadata (`dict`, *optional*): More for the first message.
+
+    Raises:
+        ImportError: If the `serve` extra is not installed.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: BatchedPolicy,
+        reader: ObservationReader,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        seed: int = 0,
+        max_batch_size: int = 8,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        metadata: dict[str, Any] | None = None,
+    ):
+        for name, value, lowest in (("port", port, 0), ("seed", seed, 0), ("max_message_bytes", max_message_bytes, 1)):
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}; found {value}")
+        if port > 65535:
+            raise ValueError(f"port must be at most 65535; found {port}")
+        self.reader = reader
+        self.host, self.port = host, port
+        self.seed = seed
+        self.max_message_bytes = max_message_bytes
+        self.metadata = {
+            "server": f"hf-aegis {__version__}",
+            "client": reader.client,
+            "expects": dict(reader.expected),
+            "actions": "(h, 7): translation, rotation, gripper (-1 opens, +1 closes), in [-1, 1]",
+            **(metadata or {}),
+        }
+        self._queue = InferenceQueue(policy, max_batch_size)
+        self._client_numbers = itertools.count()
+        self._stopping = asyncio.Event()
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return False
+
+    async def run(self, started: asyncio.Event | None = None, signals: bool = False) -> None:
+        """
+        Serves until [`stop`] is called.
+
+        Args:
+            started (`asyncio.Event`, *optional*): Is set when clients can connect; `port` is then the one in use.
+            signals (`bool`, *optional*, defaults to `False`):
+                Whether to stop on SIGINT and SIGTERM. A second one has its usual effect.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        if not self.loopback:
+            logger.warning(
+                "listening on %s without authentication: whoever can reach this machine can ask the policy", self.host
+            )
+        worker = asyncio.create_task(self._queue.run())
+        worker.add_done_callback(lambda _: self._stopping.set())
+        try:
+            async with serve(
+                self._serve_client,
+                self.host,
+                self.port,
+                process_request=_answer_health,
+                # Web pages cannot reach a policy through the browser of whoever runs it: what they send has an origin.
+                origins=[None],
+                compression=None,
+                close_timeout=CLOSE_TIMEOUT,
+                max_size=self.max_message_bytes,
+                logger=logging.getLogger(f"{__name__}.websockets"),
+            ) as server:
+                self.port = next(iter(server.sockets)).getsockname()[1]
+                if signals:
+                    self._stop_on_signals()
+                logger.info("serving on ws://%s:%d", self.host, self.port)
+                if started is not None:
+                    started.set()
+                await self._stopping.wait()
+                logger.info("stopping")
+        finally:
+            worker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await worker
+
+    def stop(self) -> None:
+        """Ends [`run`], from the event loop's own thread."""
+        self._stopping.set()
+
+    def _stop_on_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop(number: signal.Signals) -> None:
+            loop.remove_signal_handler(number)
+            self.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+
+    async def _serve_client(self, connection: ServerConnection) -> None:
+        client = next(self._client_numbers)
+        logger.info("client %d connected", client)
+        answered = failed = 0
+        try:
+            await connection.send(pack(self.metadata))
+            seed = int(np.random.SeedSequence([self.seed, client]).generate_state(1)[0])
+            total: float | None = None
+            async for data in connection:
+                began = time.perf_counter()
+                try:
+                    answer = await self._answer(connection, data, answered + failed, seed)
+                except (MessageError, InferenceError) as error:
+                    failed += 1
+                    await connection.send(str(error))
+                    continue
+                if answer is None:
+                    break
+                answered += 1
+                await connection.send(pack({"actions": answer.actions, "server_timing": _timing(answer, total)}))
+                total = time.perf_counter() - began
+        except ConnectionClosed as closed:
+            logger.info("client %d is gone: %s", client, "no closing" if closed.rcvd is None else closed.rcvd.code)
+        finally:
+            logger.info("client %d: %d answers, %d errors", client, answered, failed)
+
+    async def _answer(self, connection: ServerConnection, data: str | bytes, step: int, seed: int) -> Answer | None:
+        """The answer to one message; `None` if the client is gone before."""
+        if isinstance(data, str):
+            raise MessageError("expected a binary message, an observation in msgpack; found text")
+        instruction, observation = self.reader.read(unpack(data), step)
+        question = asyncio.ensure_future(self._queue.infer(PolicyRequest(instruction, observation, seed)))
+        gone = asyncio.ensure_future(connection.wait_closed())
+        try:
+            await asyncio.wait((question, gone), return_when=asyncio.FIRST_COMPLETED)
+            return await question if question.done() else None
+        finally:
+            question.cancel()
+            gone.cancel()
+
+
+def _timing(answer: Answer, previous_total: float | None) -> dict[str, Any]:
+    """openpi's fields, `infer_ms` and `prev_total_ms`, and how long the question waited, beside how many others."""
+    timing: dict[str, Any] = {
+        "infer_ms": 1000.0 * answer.inferred,
+        "queue_ms": 1000.0 * answer.waited,
+        "batch_size": answer.batch_size,
+    }
+    if previous_total is not None:
+        timing["prev_total_ms"] = 1000.0 * previous_total
+    return timing
+
+
+def _answer_health(connection: ServerConnection, request: Request) -> Response | None:
+    if request.path == HEALTH_PATH:
+        return connection.respond(http.HTTPStatus.OK, "OK\n")
+    return None
