@@ -81,6 +81,8 @@ def push_anchor(
         commit_message=commit_message or "Upload activation anchor",
         create_pr=create_pr,
         allow_patterns=FILES,
+        # Of an earlier anchor with subspaces, where this one has none.
+        delete_patterns=SUBSPACES_TABLE,
     )
 
 

@@ -147,7 +147,13 @@ def run(arguments: argparse.Namespace) -> int:
     importlib.import_module("hf_aegis.models")
     # A wrong option should not cost the loading of a large model first.
     if recipe.push_to_hub is not None:
-        ensure_repo(recipe.push_to_hub, repo_type="dataset", private=recipe.private or None)
+        ensure_repo(
+            recipe.push_to_hub,
+            repo_type="dataset",
+            private=recipe.private or None,
+            revision=recipe.hub_revision,
+            create_pr=recipe.create_pr,
+        )
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
     processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
     samples, collate = _demonstrations(recipe, processor) if _of_robots(recipe) else _questions(recipe, processor)

@@ -22,6 +22,9 @@ from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 LAST_CHECKPOINT = "last-checkpoint"
 """Folder of a repository with the newest checkpoint, as the Trainer's hub strategy `"checkpoint"` names it."""
 
+WEIGHTS = "model*.safetensors*"
+"""A model's weights, whole or in shards, and what says which is where."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Ends of the names of files that are pickles, or hold some."""
 
@@ -58,8 +61,12 @@ def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Co
         for path in Path(folder).rglob(ADAPTER_CONFIG)
         if not path.relative_to(folder).parts[0].startswith((PREFIX_CHECKPOINT_DIR, "."))
     }
+    # A repository with weights in shards and whole, one of them old, would be loaded from whichever comes first.
+    stale = WEIGHTS if any(Path(folder).glob(WEIGHTS)) else None
     try:
-        return push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, replacements=replacements, **options)
+        return push_folder(
+            folder, repo_id, ignore_patterns=NOT_PUSHED, delete_patterns=stale, replacements=replacements, **options
+        )
     except HubUploadError as error:
         command = ["hf-aegis", "push", os.fspath(Path(folder).absolute()), repo_id]
         command += ["--private"] if options.get("private") else []

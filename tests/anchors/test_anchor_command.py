@@ -134,6 +134,12 @@ def test_a_push_that_cannot_succeed_is_refused_at_once_and_one_that_fails_later_
     options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
     with pytest.raises(OSError, match="nothing can be pushed to the dataset repository elsewhere/name: "):
         command.run(parse(*options, "--push_to_hub", "elsewhere/name"))
+    for more, message in (
+        (("--hub_revision", "0a" * 20), "must be a branch to push to"),
+        (("--hub_revision", "v1", "--create_pr", "true"), "a pull request goes to the main branch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.run(parse(*options, "--push_to_hub", "org/name", *more))
     assert not (tmp_path / "anchor").exists()
     hub.fail_next("POST", "/commit/")
     with pytest.raises(OSError, match=rf"{tmp_path / 'anchor'} was not pushed .*`hf upload org/name"):
