@@ -242,7 +242,7 @@ def test_the_card_of_a_training(hub, make_trainer, tmp_path):
     trainer.train()
     trainer.push_to_hub(tags=["mine"], dataset="org/data")
     card = ModelCard(hub.repo(REPO).files()["README.md"].decode())
-    assert card.data.library_name == "hf_aegis"
+    assert card.data.library_name == "transformers"
     assert {"mine", "naive", "hf-aegis"} <= set(card.data.tags)
     assert card.data.datasets == ["org/data"]
     assert "naive fine-tuning" in card.text
