@@ -16,6 +16,8 @@ from typing import Any
 
 # Before gradio is imported: the page is nobody's business but its visitors'.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Nor does it ask others to convert the models that it is to show.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import gradio as gr
 from acting import predict

@@ -110,6 +110,7 @@ class ActivationAnchor:
         moments: str = "batch",
         tokens: str = "all",
         subspaces: SubspaceOptions | None = None,
+        revision: str | None = None,
         dataset_id: str | None = None,
         num_batches: int | None = None,
         progress: bool = True,
@@ -140,6 +141,9 @@ class ActivationAnchor:
                 Collects the principal subspaces of all linear layers' inputs as well, in the same pass, always over
                 all tokens that count, whatever `moments` says; and, where they ask for it, the sensitivities to pairs
                 of directions, which takes two backward passes more.
+            revision (`str`, *optional*):
+                Commit that the model was loaded at, recorded in the fingerprint. A model that `from_pretrained` of
+                transformers has loaded from the Hub does not tell.
             dataset_id (`str`, *optional*):
                 Recorded in the fingerprint.
             num_batches (`int`, *optional*):
@@ -164,6 +168,7 @@ class ActivationAnchor:
             moments=moments,
             tokens=tokens,
             subspaces=subspaces,
+            revision=revision,
             dataset_id=dataset_id,
             num_batches=num_batches,
             progress=progress,

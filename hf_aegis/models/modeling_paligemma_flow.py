@@ -144,6 +144,11 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         model.generation_config = vlm.generation_config
         return model.train(vlm.training)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As of transformers, but for weights that are pickles, which are not read unless that is asked for."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     def to_vlm(self) -> PaliGemmaForConditionalGeneration:
         """
         The plain vision-language model, sharing this model's weights: `model.to_vlm().save_pretrained(folder)` writes

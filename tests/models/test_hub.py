@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -92,6 +93,21 @@ def test_a_policy_is_made_of_a_model_on_the_hub(hub, vlm, vlm_processor, expert)
     assert (loaded.config.vlm_name_or_path, loaded.config.vlm_revision) == ("org/vlm", commit)
     processor = PaliGemmaFlowProcessor.from_vlm_processor("org/vlm", revision=commit, token=hub.read_only_token)
     assert processor.tokenizer.get_vocab() == vlm_processor.tokenizer.get_vocab()
+
+
+def test_pickled_weights_are_not_read(hub, model, vlm, monkeypatch):
+    # Transformers would ask a Space to convert them.
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
+    model.push_to_hub(REPO)
+    vlm.push_to_hub("org/vlm")
+    for name in (REPO, "org/vlm"):
+        HfApi().delete_file("model.safetensors", name)
+        hub.repo(name).replace("pytorch_model.bin", b"a pickle")
+    for load in (PaliGemmaFlowForAction.from_pretrained, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            load(REPO)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        PaliGemmaFlowForAction.from_vlm("org/vlm")
 
 
 def test_a_processor_comes_back_whole(hub, fast_processor, images):
