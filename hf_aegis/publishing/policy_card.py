@@ -237,7 +237,7 @@ def _datasets(arguments: Mapping[str, Any]) -> list[str] | None:
         {"replay", "ewc"} & (arguments.get("penalties") or {}).keys()
     )
     found = [arguments.get("replay_dataset")] if replays else []
-    return [name for name in found if is_repo_id(name)] or None
+    return [name for name in found if name is not None and is_repo_id(name)] or None
 
 
 def _tags(config: Mapping[str, Any]) -> list[str]:

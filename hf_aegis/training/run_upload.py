@@ -15,15 +15,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_aegis.atomic_files import write_text
 from hf_aegis.hub import HubUploadError, push_folder
 from hf_aegis.machine_paths import portable_name, without_machine_paths
+from hf_aegis.models.policy_push import WEIGHTS
 from hf_aegis.publishing import CARD_FILE
 from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 
 
 LAST_CHECKPOINT = "last-checkpoint"
 """Folder of a repository with the newest checkpoint, as the Trainer's hub strategy `"checkpoint"` names it."""
-
-WEIGHTS = "model*.safetensors*"
-"""A model's weights, whole or in shards, and what says which is where."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Ends of the names of files that are pickles, or hold some."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_aegis.data import FASTTokenizer
+from hf_aegis.hub import HubUploadError
 from hf_aegis.models import PaliGemmaFlowConfig, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
 
@@ -60,6 +61,28 @@ def test_a_policy_comes_back_bit_equal_by_every_class(hub, model, batch, shards)
         assert_equal_weights(model, PaliGemmaFlowForAction.from_pretrained(REPO))
         with pytest.raises(OSError, match="couldn't find them in the cached files"):
             PaliGemmaFlowForAction.from_pretrained("org/other")
+
+
+def test_its_card_is_the_package_s_own_unless_somebody_wrote_one(hub, model, processor, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Transformers leaves a card to be filled in.
+    processor.push_to_hub(REPO)
+    model.push_to_hub(REPO, tags="mine")
+    card = ModelCard(hub.repo(REPO).files()["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("hf_aegis", "robotics")
+    assert "mine" in card.data.tags and "More Information Needed" not in card.content
+    assert f'from_pretrained("{REPO}")' in card.text
+    hub.repo(REPO).replace("README.md", b"# Mine\n")
+    model.push_to_hub(REPO)
+    assert hub.repo(REPO).files()["README.md"] == b"# Mine\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_that_should_be_private_is_not_published(hub, model):
+    HfApi().create_repo(REPO)
+    with pytest.raises(HubUploadError, match="exists and is public"):
+        model.push_to_hub(REPO, private=True)
+    assert hub.repo(REPO).files() == {}
 
 
 def test_a_private_policy_needs_a_token_that_may_see_it(hub, model, monkeypatch):
