@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # Where huggingface_hub keeps what it has downloaded.
-_SNAPSHOT = re.compile(r"(?:models|datasets|spaces)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
+_SNAPSHOT = re.compile(r"(?:models|datasets|spaces)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 # A path from the root at the start of a word, of a quoted text or of an option's value; no address, as "https://a/b".
 _ABSOLUTE = re.compile(r"""(?<![^\s'"=(\[{,])/(?:[^\s/'"=(),:;\]}]+/)*([^\s/'"=(),:;\]}]+)/?""")
@@ -52,3 +52,9 @@ def portable_name(source: str | os.PathLike[str]) -> str:
         return found[1].replace("--", "/")
     # An id that is also a folder here is the folder.
     return Path(path).resolve().name if Path(path).is_absolute() or Path(path).exists() else path
+
+
+def snapshot_commit(source: str | os.PathLike[str]) -> str | None:
+    """The commit of a snapshot in the Hub's cache; `None` of anything else."""
+    found = _SNAPSHOT.search(os.fspath(source))
+    return found[2] if found else None

@@ -19,12 +19,14 @@ def predict(loaded: Loaded, observation: Observation, instruction: str, seed: in
     A policy's next actions `(H, 7)`, in robot units; the seed is that of the noise it starts from.
 
     Raises:
-        ValueError: the policy was trained on other observations.
+        ValueError: the policy was trained on other observations or actions.
     """
     model = loaded.model
     inputs = loaded.processor(images=observation.images, text=instruction, state=observation.state).to(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     actions = model.sample_actions(**inputs, generator=generator)[0]
+    if actions.shape[-1] != 7:
+        raise ValueError(f"LIBERO's actions have 7 dimensions, found {actions.shape[-1]}")
     return np.asarray(loaded.processor.postprocess_actions(actions.float().cpu()))
 
 

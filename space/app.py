@@ -16,6 +16,8 @@ from typing import Any
 
 # Before gradio is imported: the page is nobody's business but its visitors'.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Nor does it ask others to convert the models that it is to show.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import gradio as gr
 from acting import predict
@@ -64,11 +66,22 @@ def _ask_all(image: Any, question: str) -> list[tuple[ShownModel, Any]]:
 
 @on_gpu
 def _predict_all(policies: list[ShownModel], observation: Any, instruction: str, seed: int) -> dict[ShownModel, Any]:
-    return dict(_each(policies, lambda shown: predict(load(shown), observation, instruction, seed)))
+    return dict(_each(policies, lambda shown: _predict(shown, observation, instruction, seed)))
+
+
+def _predict(shown: ShownModel, observation: Any, instruction: str, seed: int) -> Any:
+    loaded = load(shown)
+    try:
+        return predict(loaded, observation, instruction, seed)
+    except ValueError as error:
+        print(f"{shown.label}: {shown.source} does not act on {observation.images[0].shape}: {error}", flush=True)
+        raise ModelUnavailableError(
+            f"The model “{shown.label}” was trained on other observations or actions than these."
+        ) from error
 
 
 def _each(models: list[ShownModel], work: Callable[[ShownModel], Any]) -> list[tuple[ShownModel, Any]]:
-    """What comes of each model that can be loaded; the others are warned of."""
+    """What comes of each model that can be loaded and does what is asked; the others are warned of."""
     done = []
     for shown in models:
         try:
@@ -76,7 +89,7 @@ def _each(models: list[ShownModel], work: Callable[[ShownModel], Any]) -> list[t
         except ModelUnavailableError as error:
             gr.Warning(str(error))
     if not done:
-        raise refusal("None of the models can be loaded at the moment.")
+        raise refusal("None of the models can do this at the moment.")
     return done
 
 
@@ -121,6 +134,7 @@ def act(index: int, step: float, instruction: str, policies: list[str], seed: fl
     return scene(episode, observation, predictions), time_curves(observation, predictions)
 
 
+@functools.cache
 def warm_up() -> None:
     """Loads the embedded models when the first visitor comes, and has them answer once; what is larger waits."""
     if all(shown.embedded for shown in MODELS):

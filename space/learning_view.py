@@ -77,7 +77,9 @@ def _read_lines(shown: ShownModel) -> list[dict[str, Any]]:
 
 def _read_scores(shown: ShownModel) -> dict[str, Any] | None:
     file = _find(shown, _EVALUATION)
-    return None if file is None else json.loads(file.read_text())
+    scores = {} if file is None else json.loads(file.read_text())
+    # Others have files of this name too.
+    return scores if {"vqa", "vqa_before", "flow_mse"} <= scores.keys() else None
 
 
 def _find(shown: ShownModel, name: str) -> Path | None:

@@ -8,6 +8,7 @@ from settings import ShownModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hf_aegis.models  # noqa: F401 (registers the models with an action expert)
+from hf_aegis.hub import redacted
 
 
 class Loaded(NamedTuple):
@@ -42,12 +43,16 @@ def _load(shown: ShownModel) -> Loaded:
     on_gpu = torch.cuda.is_available()
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            shown.source, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation="eager"
+            shown.source,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            attn_implementation="eager",
+            # No pickles of whoever owns the repository.
+            use_safetensors=True,
         )
         processor = AutoProcessor.from_pretrained(shown.source)
     except (OSError, ValueError) as error:
         # The reason, which may name folders and accounts, is for the log alone.
-        print(f"{shown.label}: {shown.source} cannot be loaded: {error}", flush=True)
+        print(f"{shown.label}: {shown.source} cannot be loaded: {redacted(str(error))}", flush=True)
         raise ModelUnavailableError(f"The model “{shown.label}” cannot be loaded at the moment.") from error
     if shown.acts and not hasattr(model, "sample_actions"):
         raise ModelUnavailableError(f"The model “{shown.label}” is a plain vision-language model and cannot act.")

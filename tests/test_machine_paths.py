@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_aegis.machine_paths import portable_name, without_machine_paths
+from hf_aegis.machine_paths import portable_name, snapshot_commit, without_machine_paths
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,6 @@ def test_portable_names(tmp_path, monkeypatch):
     assert portable_name("outputs/policy") == "policy"
     assert portable_name(tmp_path / "outputs" / "policy" / "") == "policy"
     assert portable_name("/gone/policy") == "policy"
-    assert portable_name(f"/home/me/hub/models--org--policy-1/snapshots/{commit}") == "org/policy-1"
+    snapshot = f"/home/me/hub/models--org--policy-1/snapshots/{commit}"
+    assert (portable_name(snapshot), snapshot_commit(snapshot)) == ("org/policy-1", commit)
+    assert snapshot_commit("outputs/policy") is None

@@ -5,15 +5,10 @@ subspaces of its linear layers' inputs, and the sensitivity of its predictions t
 
 import copy
 import dataclasses
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from hf_aegis.anchors.comparison import layer_distances
@@ -22,12 +17,11 @@ from hf_aegis.anchors.fingerprint import AnchorFingerprint, describe_model, desc
 from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity, check_sensitivities
 from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions, check_groups
 from hf_aegis.anchors.merging import merged_statistics
-from hf_aegis.anchors.publication import push_anchor
 from hf_aegis.anchors.statistics import collect_statistics
-from hf_aegis.anchors.storage import locate_anchor, read_anchor, write_anchor
+from hf_aegis.anchors.stored_anchor import StoredAnchor
 
 
-class ActivationAnchor:
+class ActivationAnchor(StoredAnchor):
     """
     Mean and variance of each decoder layer's output, per hidden dimension, of a pre-trained model on its own data
     (arXiv 2604.16067, static Wasserstein anchor). `anchor.mean[l]` and `anchor.variance[l]` are layer `l`'s, `(D,)`.
@@ -110,6 +104,7 @@ class ActivationAnchor:
         moments: str = "batch",
         tokens: str = "all",
         subspaces: SubspaceOptions | None = None,
+        revision: str | None = None,
         dataset_id: str | None = None,
         num_batches: int | None = None,
         progress: bool = True,
@@ -140,6 +135,9 @@ class ActivationAnchor:
                 Collects the principal subspaces of all linear layers' inputs as well, in the same pass, always over
                 all tokens that count, whatever `moments` says; and, where they ask for it, the sensitivities to pairs
                 of directions, which takes two backward passes more.
+            revision (`str`, *optional*):
+                Commit that the model was loaded at, recorded in the fingerprint. A model that `from_pretrained` of
+                transformers has loaded from the Hub does not tell.
             dataset_id (`str`, *optional*):
                 Recorded in the fingerprint.
             num_batches (`int`, *optional*):
@@ -164,6 +162,7 @@ class ActivationAnchor:
             moments=moments,
             tokens=tokens,
             subspaces=subspaces,
+            revision=revision,
             dataset_id=dataset_id,
             num_batches=num_batches,
             progress=progress,
@@ -212,119 +211,6 @@ class ActivationAnchor:
         found = find_decoder_layers(model, layers)
         dtype = describe_origin(model, found)["dtype"]
         self.fingerprint.check_model(describe_model(model, found, check=check), dtype=dtype)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """
-        Writes `anchor.safetensors` and `anchor_config.json`, each atomically.
-
-        Args:
-            folder (`str` or `os.PathLike`):
-                Created where it is missing.
-
-        Returns:
-            `Path`: the folder.
-        """
-        moments = {"mean": self.mean, "variance": self.variance}
-        return write_anchor(folder, moments, self.fingerprint, self.subspaces, self.sensitivities)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        dataset_license: str | None = None,
-    ) -> CommitInfo:
-        """
-        Pushes this anchor to a dataset repository on the Hub, created where it is missing: the files of
-        [`~ActivationAnchor.save_pretrained`], tables of layers and subspaces for `load_dataset` and the Hub's viewer,
-        and a card, in one commit.
-
-        Args:
-            repo_id (`str`):
-                `"org/name"`.
-            private (`bool`, *optional*):
-                Whether a new repository is private; by default, as the namespace has it. To ask for a private one and
-                find a public one is an error.
-            revision (`str`, *optional*):
-                Branch, started from the main branch where it is missing.
-            token (`str` or `bool`, *optional*):
-                Token for the Hub; the stored one by default.
-            commit_message (`str`, *optional*):
-                First line of the commit's message.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Opens a pull request in the place of a commit.
-            dataset_license (`str`, *optional*):
-                Licence of the data that the anchor was collected on, by the Hub's name for it, such as `"cc-by-4.0"`.
-
-        Returns:
-            `CommitInfo`: of huggingface_hub: `commit_url`, `oid`, `pr_url`.
-
-        Raises:
-            HubUploadError: if the push fails. All that was to be pushed stays in a folder, which the error names.
-        """
-        folder = self.save_pretrained(tempfile.mkdtemp(prefix="hf-aegis-anchor-"))
-        commit = push_anchor(
-            self,
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            dataset_license=dataset_license,
-        )
-        shutil.rmtree(folder)
-        return commit
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder_or_repo_id: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> "ActivationAnchor":
-        """
-        Loads an anchor from a folder, or from a dataset repository on the Hub.
-
-        Args:
-            folder_or_repo_id (`str` or `os.PathLike`):
-                A local folder, or else a repository id such as `"org/paligemma2-3b-mix-224-vqav2-anchor"`.
-            revision (`str`, *optional*):
-                Branch, tag or commit on the Hub.
-            token (`str` or `bool`, *optional*):
-                Token for the Hub; the stored one by default.
-            cache_dir (`str` or `os.PathLike`, *optional*):
-                Where downloads are kept.
-            local_files_only (`bool`, *optional*, defaults to `False`):
-                Uses the cache only, without a network call.
-
-        Returns:
-            [`ActivationAnchor`], on the CPU.
-
-        Raises:
-            OSError: if neither a folder nor a repository holds the files.
-            ValueError: if a file is corrupt, is no activation anchor, or has a newer format.
-        """
-        tensors_file, config_file = locate_anchor(
-            folder_or_repo_id,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        moments, fingerprint, subspaces, sensitivities = read_anchor(tensors_file, config_file)
-        try:
-            return cls(moments["mean"], moments["variance"], fingerprint, subspaces, sensitivities)
-        except ValueError as error:
-            raise ValueError(f"{tensors_file}: {error}") from error
 
     def distance(self, other: "ActivationAnchor") -> Tensor:
         """

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.linear_layers.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
+from hf_aegis.machine_paths import portable_name, snapshot_commit
 
 
 FORMAT_VERSION = 3
@@ -252,12 +252,13 @@ def describe_model(model: nn.Module, layers: nn.ModuleList, *, check: str = "wei
 def describe_origin(model: nn.Module, layers: nn.ModuleList) -> dict[str, Any]:
     """The fields of a fingerprint that say where a model came from: `base_model`, `revision` and `dtype`."""
     config = getattr(unwrap_model(model), "config", None)
-    base_model = getattr(config, "_name_or_path", None) or None
-    if base_model is not None and Path(base_model).is_dir():
-        # A folder on the collecting machine means nothing elsewhere; its name is what a reader can recognise.
-        base_model = Path(base_model).resolve().name
+    source = getattr(config, "_name_or_path", None)
+    # Transformers 5 keeps no commit, so that it is known only where somebody wrote it down, or of a cached snapshot.
+    revision = getattr(config, "_commit_hash", None) or (snapshot_commit(source) if source else None)
+    # A folder on the collecting machine means nothing elsewhere; its name is what a reader can recognise.
+    base_model = portable_name(source) if source else None
     dtype = next((str(parameter.dtype).removeprefix("torch.") for parameter in layers.parameters()), None)
-    return {"base_model": base_model, "revision": getattr(config, "_commit_hash", None), "dtype": dtype}
+    return {"base_model": base_model, "revision": revision, "dtype": dtype}
 
 
 def decoder_config(model: nn.Module, layers: nn.ModuleList) -> Any:

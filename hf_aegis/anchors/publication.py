@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from huggingface_hub import CommitInfo, DatasetCardData
 from hf_aegis.anchors.storage import ANCHOR_CONFIG, ANCHOR_TENSORS
 from hf_aegis.anchors.summaries import layer_rows, subspace_rows
 from hf_aegis.atomic_files import write_text
-from hf_aegis.hub import push_folder, render_card
+from hf_aegis.hub import is_repo_id, push_folder, render_card
 
 
 if TYPE_CHECKING:
@@ -81,6 +80,8 @@ def push_anchor(
         commit_message=commit_message or "Upload activation anchor",
         create_pr=create_pr,
         allow_patterns=FILES,
+        # Of an earlier anchor with subspaces, where this one has none.
+        delete_patterns=SUBSPACES_TABLE,
     )
 
 
@@ -114,7 +115,7 @@ def anchor_card(
             {"config_name": name, "data_files": file, **({"default": True} if name == "layers" else {})}
             for name, file in tables
         ],
-        base_model=base_model if _is_repo_id(base_model) else None,
+        base_model=base_model if is_repo_id(base_model) else None,
     )
     return render_card(
         "anchor.md",
@@ -135,13 +136,9 @@ def anchor_card(
 
 
 def _linked(name: str, prefix: str, commit: str | None = None) -> str:
-    if not _is_repo_id(name):
+    if not is_repo_id(name):
         return f"`{name}`" if " " not in name else name
     return f"[{name}](https://huggingface.co/{prefix}{name}{f'/tree/{commit}' if commit else ''})"
-
-
-def _is_repo_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

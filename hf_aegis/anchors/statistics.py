@@ -41,6 +41,7 @@ def collect_statistics(
     moments: str,
     tokens: str,
     subspaces: SubspaceOptions | None,
+    revision: str | None,
     dataset_id: str | None,
     num_batches: int | None,
     progress: bool,
@@ -69,6 +70,7 @@ def collect_statistics(
         **{
             **description,
             **describe_origin(model, stack),
+            **({"revision": revision} if revision is not None else {}),
             "width": collected.mean.shape[-1],
             "moments": moments,
             "mask_policy": MASK_POLICIES[tokens],

@@ -5,7 +5,6 @@ how far statistics drift on the robot's own inputs, on demonstrations.
 
 import argparse
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.data_licenses import known_license
 from hf_aegis.cli.device import resolve_device
 
 
@@ -33,9 +33,6 @@ _UNPUBLISHED: dict[str, Any] = {
     "create_pr": False,
     "dataset_license": None,
 }
-
-# Of data that comes with a package.
-_LICENSES = {"easy-vqa": "mit", DEMONSTRATIONS: "apache-2.0"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -143,20 +140,31 @@ def run(arguments: argparse.Namespace) -> int:
     from hf_aegis.assets import EMBEDDED_VLM
     from hf_aegis.hub import ensure_repo
 
-    # Registers the model with an action expert: its language model can be anchored as well.
-    importlib.import_module("hf_aegis.models")
+    # Its package registers the model with an action expert, whose language model can be anchored as well.
+    from hf_aegis.models.vlm_exchange import located_commit
+
     # A wrong option should not cost the loading of a large model first.
     if recipe.push_to_hub is not None:
-        ensure_repo(recipe.push_to_hub, repo_type="dataset", private=recipe.private or None)
+        ensure_repo(
+            recipe.push_to_hub,
+            repo_type="dataset",
+            private=recipe.private or None,
+            revision=recipe.hub_revision,
+            create_pr=recipe.create_pr,
+        )
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
-    processor = AutoProcessor.from_pretrained(source, revision=recipe.revision)
+    # All of one commit, which the anchor records.
+    commit = located_commit(source, revision=recipe.revision)
+    revision = commit or recipe.revision
+    processor = AutoProcessor.from_pretrained(source, revision=revision)
     samples, collate = _demonstrations(recipe, processor) if _of_robots(recipe) else _questions(recipe, processor)
     device = resolve_device(recipe.device)
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         source,
-        revision=recipe.revision,
+        revision=revision,
         attn_implementation=recipe.attn_implementation,
         dtype=getattr(torch, recipe.dtype),
+        use_safetensors=True,
     )
     model.to(device)
     # Samples only have a length and items, which is all that a DataLoader needs of a data set.
@@ -167,6 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         moments=recipe.moments,
         tokens=recipe.tokens,
         subspaces=subspace_options(recipe),
+        revision=commit,
         dataset_id=f"{_portable(recipe.dataset)}:{recipe.split}",
         num_batches=len(batches),
     )
@@ -183,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
             private=recipe.private or None,
             revision=recipe.hub_revision,
             create_pr=recipe.create_pr,
-            dataset_license=recipe.dataset_license or _LICENSES.get(recipe.dataset),
+            dataset_license=recipe.dataset_license or known_license(recipe.dataset),
         )
         print(f"pushed: {commit.pr_url or commit.commit_url}")
     return 0

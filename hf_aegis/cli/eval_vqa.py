@@ -181,6 +181,7 @@ def _load_model(arguments: argparse.Namespace, revision: str | None) -> "torch.n
         revision=revision,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
+        use_safetensors=True,
     )
     return model.to(resolve_device(arguments.device))
 

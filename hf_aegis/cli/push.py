@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_aegis.cli.data_licenses import known_license
 from hf_aegis.hub import push_folder
 
 
@@ -31,6 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request in the place of a commit")
     parser.add_argument("--commit_message", help="first line of the commit's message")
     parser.add_argument(
+        "--dataset_license",
+        help="licence of the data that an anchor was collected on, for its card, by the Hub's name for it; that of "
+        "easy-vqa is known",
+    )
+    parser.add_argument(
         "--keep_card", action="store_true", help="push README.md as it is, rather than write it anew from the results"
     )
 
@@ -46,12 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
     """
     folder: Path = arguments.folder
     kind = recognise(folder)
+    if arguments.dataset_license is not None and kind != "anchor":
+        raise ValueError(f"--dataset_license is for the card of an anchor, and {folder} holds a {kind}")
     options = {
         # Not False, which would ask for a public one.
         "private": arguments.private or None,
         "revision": arguments.revision,
         "create_pr": arguments.create_pr,
         "commit_message": arguments.commit_message,
+        **({"dataset_license": arguments.dataset_license} if kind == "anchor" else {}),
     }
     push: dict[str, Callable[..., Any]] = {
         "anchor": _push_anchor,
@@ -86,7 +95,9 @@ def _push_anchor(folder: Path, repo_id: str, keep_card: bool, options: dict[str,
     from hf_aegis.anchors import ActivationAnchor
     from hf_aegis.anchors.publication import push_anchor
 
-    return push_anchor(ActivationAnchor.from_pretrained(folder), folder, repo_id, keep_card=keep_card, **options)
+    anchor = ActivationAnchor.from_pretrained(folder)
+    options["dataset_license"] = options["dataset_license"] or known_license(anchor.fingerprint.dataset_id)
+    return push_anchor(anchor, folder, repo_id, keep_card=keep_card, **options)
 
 
 def _push_comparison(folder: Path, repo_id: str, keep_card: bool, options: dict[str, Any]) -> Any:

@@ -21,6 +21,8 @@ MODEL_VARIABLES = tuple(f"AEGIS_SPACE_{name}" for name in ("BASE", "NAIVE", "AEG
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _APP, _CARD, _MODELS, _REQUIREMENTS = "app.py", "README.md", "models.json", "requirements.txt"
+# Lies in folders that this command has put together, and so may replace. It is not pushed.
+_MARK = ".hf-aegis-space"
 _NOT_DEPLOYED = shutil.ignore_patterns("__pycache__", ".*")
 
 
@@ -68,6 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
             private=arguments.private or None,
             revision=arguments.revision,
             create_pr=arguments.create_pr,
+            ignore_patterns=_MARK,
+            # Of an earlier deployment, which chose models.
+            delete_patterns=_MODELS,
             commit_message=arguments.commit_message or f"Deploy hf-aegis {importlib.metadata.version('hf-aegis')}",
         )
         print(commit.pr_url or commit.repo_url)
@@ -108,10 +113,13 @@ def assemble(source: Path, target: Path, package: str | None = None) -> None:
         ValueError: `target` holds something else, or a model is a folder of this machine.
     """
     chosen = _chosen_models()
-    if target.exists() and any(target.iterdir()) and not (target / _APP).is_file():
-        raise ValueError(f"--output_dir {target} holds something else than a Space; choose another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / _MARK).is_file():
+        raise ValueError(
+            f"--output_dir {target} holds something else than what this command has put there; choose another folder"
+        )
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=_NOT_DEPLOYED)
+    write_text(target / _MARK, "")
     if package is None:
         shutil.copytree(_PACKAGE, target / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "space"))
         requirements = _dependencies()

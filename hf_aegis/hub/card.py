@@ -38,7 +38,8 @@ def render_card(template: str | os.PathLike[str], data: CardData, **values: Any)
 
     Args:
         template (`str` or `os.PathLike`):
-            A Jinja template: the name of one that comes with this package, such as `"anchor.md"`, or a path. It has
+            A Jinja template: the name of one that comes with this package, such as `"anchor.md"`, or the path of
+            another, which a bare name never is: what lies in the working directory is not taken for one. It has
             `card_data`, the front matter as YAML, between two lines `---`, and may use the fields of `data`.
         data (`CardData`):
             Metadata, of huggingface_hub: `ModelCardData`, `DatasetCardData`, `SpaceCardData`.
@@ -56,7 +57,7 @@ def render_card(template: str | os.PathLike[str], data: CardData, **values: Any)
     import jinja2
 
     path = Path(template)
-    if len(path.parts) == 1 and not path.exists():
+    if len(path.parts) == 1:
         path = find_template(os.fspath(template))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     try:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_aegis.hub.reasons import FAILURES, describe_repo, reason
@@ -45,12 +45,13 @@ def push_folder(
     create_pr: bool = False,
     allow_patterns: Sequence[str] | str | None = None,
     ignore_patterns: Sequence[str] | str | None = None,
+    delete_patterns: Sequence[str] | str | None = None,
     replacements: Mapping[str, bytes] | None = None,
     space_sdk: str | None = None,
 ) -> CommitInfo:
     """
     Pushes the files of a folder to a repository, which is created where it is missing. They arrive in one commit: all
-    of them or none. Files that the repository has besides stay.
+    of them or none. Files that the repository has besides stay, but for those that are to be deleted.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -72,6 +73,9 @@ def push_folder(
             Opens a pull request to the main branch in the place of a commit.
         allow_patterns, ignore_patterns (`Sequence[str]` or `str`, *optional*):
             Which files to push, and which of these not to, e.g. `"*.json"`.
+        delete_patterns (`Sequence[str]` or `str`, *optional*):
+            Which files of the repository are deleted in the same commit, unless they are pushed again: what would not
+            go with the new ones.
         replacements (`Mapping[str, bytes]`, *optional*):
             What is pushed in the place of a file's own content, by its path in the folder.
         space_sdk (`str`, *optional*):
@@ -85,18 +89,20 @@ def push_folder(
         HubUploadError: if the folder holds no file to push, or the push fails for whatever reason.
     """
     folder = Path(folder)
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        raise ValueError(f"revision must be a branch to push to, found the commit {revision}")
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(
-            f"a pull request goes to the main branch: create_pr=True allows no revision, found {revision!r}"
-        )
+    _check_branch(revision, create_pr)
     try:
-        operations = _additions(folder, allow_patterns, ignore_patterns, replacements or {})
+        additions = _additions(folder, allow_patterns, ignore_patterns, replacements or {})
         target = _prepare(repo_id, repo_type, private, None if create_pr else revision, token, space_sdk)
-        return HfApi(token=token).create_commit(
+        api = HfApi(token=token)
+        deletions = []
+        if delete_patterns is not None:
+            there = set(api.list_repo_files(target, repo_type=repo_type, revision=revision))
+            gone = there - {".gitattributes", *(addition.path_in_repo for addition in additions)}
+            chosen = filter_repo_objects(sorted(gone), allow_patterns=_listed(delete_patterns))
+            deletions = [CommitOperationDelete(path_in_repo=name) for name in chosen]
+        return api.create_commit(
             target,
-            operations,
+            [*additions, *deletions],
             commit_message=commit_message or f"Upload {folder.resolve().name}",
             repo_type=repo_type,
             revision=revision,
@@ -109,7 +115,8 @@ def push_folder(
             text += ". The folder is whole; to try again, repeat the call"
             # The command would publish in a public repository what was to be private, and contents that were replaced.
             if not (private or replacements):
-                command = _command(folder, repo_id, repo_type, revision, create_pr, allow_patterns, ignore_patterns)
+                patterns = {"--include": allow_patterns, "--exclude": ignore_patterns, "--delete": delete_patterns}
+                command = _command(folder, repo_id, repo_type, revision, create_pr, patterns)
                 text += f", or run `{command}`"
         raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
 
@@ -121,26 +128,38 @@ def ensure_repo(
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    create_pr: bool = False,
 ) -> str:
     """
     Creates a repository, and a branch of it, where they are missing, so that what would keep a later push from
     succeeding is known now.
 
     Args:
-        repo_id, repo_type, private, revision, token: as of [`push_folder`].
+        repo_id, repo_type, private, revision, token, create_pr: as of [`push_folder`].
 
     Returns:
         `str`: the repository's id, with its namespace.
 
     Raises:
+        ValueError: if `revision` is a commit, or is given together with `create_pr`.
         HubUploadError: if there is none to push to.
     """
+    _check_branch(revision, create_pr)
     try:
-        return _prepare(repo_id, repo_type, private, revision, token, None)
+        return _prepare(repo_id, repo_type, private, None if create_pr else revision, token, None)
     except FAILURES as error:
         why = reason(error, token)
         text = f"nothing can be pushed to {describe_repo(repo_id, repo_type, revision)}: {why}"
         raise HubUploadError(redacted(text, token), why) from redacted_cause(error, token)
+
+
+def _check_branch(revision: str | None, create_pr: bool) -> None:
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(f"revision must be a branch to push to, found the commit {revision}")
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(
+            f"a pull request goes to the main branch: create_pr=True allows no revision, found {revision!r}"
+        )
 
 
 def _command(
@@ -149,15 +168,14 @@ def _command(
     repo_type: str,
     revision: str | None,
     create_pr: bool,
-    allow_patterns: Sequence[str] | str | None,
-    ignore_patterns: Sequence[str] | str | None,
+    patterns: Mapping[str, Sequence[str] | str | None],
 ) -> str:
     """The command line of huggingface_hub that does the same."""
     words = ["hf", "upload", repo_id, os.fspath(folder.absolute()), ".", "--repo-type", repo_type]
     words += ["--revision", revision] if revision else []
     words += ["--create-pr"] if create_pr else []
-    for option, patterns in (("--include", allow_patterns), ("--exclude", ignore_patterns)):
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+    for option, given in patterns.items():
+        for pattern in _listed(given or ()):
             words += [option, pattern]
     return shlex.join(words)
 
@@ -171,13 +189,10 @@ def _additions(
     """The files to push, in the order of their paths."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    ignored = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or ())
     chosen = filter_repo_objects(
         sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
-        allow_patterns=allow_patterns
-        if allow_patterns is None or isinstance(allow_patterns, str)
-        else [*allow_patterns],
-        ignore_patterns=[*ignored, *DEFAULT_IGNORE_PATTERNS, *_STAGED],
+        allow_patterns=None if allow_patterns is None else _listed(allow_patterns),
+        ignore_patterns=[*_listed(ignore_patterns or ()), *DEFAULT_IGNORE_PATTERNS, *_STAGED],
     )
     additions = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=replacements.get(name, folder / name)) for name in chosen
@@ -185,6 +200,10 @@ def _additions(
     if not additions:
         raise FileNotFoundError("it holds no file to push")
     return additions
+
+
+def _listed(patterns: Sequence[str] | str) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _prepare(

@@ -1,10 +1,12 @@
 """PaliGemma with a flow-matching action expert: answers questions like before, and acts."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, PaliGemmaForConditionalGeneration
@@ -22,6 +24,7 @@ from hf_aegis.functional.flow_matching import (
 from hf_aegis.models.action_expert import ActionExpert, ExpertLinear
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
 from hf_aegis.models.discrete_head import sample_discrete_actions
+from hf_aegis.models.policy_push import push_policy
 from hf_aegis.models.vlm_exchange import default_to_eager, flow_config, load_vlm, plain_config
 
 
@@ -143,6 +146,42 @@ class PaliGemmaFlowForAction(PaliGemmaForConditionalGeneration):
         model.action_expert.apply(model._init_weights)
         model.generation_config = vlm.generation_config
         return model.train(vlm.training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As of transformers, but for weights that are pickles, which are not read unless that is asked for."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: str | Sequence[str] = (),
+    ) -> CommitInfo:
+        """
+        Pushes weights, configuration and a card in one commit; arguments are those of transformers. Other than there,
+        `private=True` and a public repository is an error, and a push that fails leaves a folder to push again.
+
+        Raises:
+            HubUploadError: if the push fails.
+        """
+        return push_policy(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=[tags] if isinstance(tags, str) else tags,
+        )
 
     def to_vlm(self) -> PaliGemmaForConditionalGeneration:
         """

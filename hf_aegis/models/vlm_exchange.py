@@ -34,7 +34,8 @@ def load_vlm(
     places = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
     located = {key: vlm_kwargs[key] for key in places if key in vlm_kwargs}
     # All of one commit, which is worth noting: the branch may be another tomorrow.
-    commit = extract_commit_hash(cached_file(name, CONFIG_NAME, **located), None)
+    commit = located_commit(name, **located)
+    vlm_kwargs = {"use_safetensors": True, **vlm_kwargs}
     if commit is not None:
         located["revision"] = commit
         vlm_kwargs = {**vlm_kwargs, "revision": commit}
@@ -52,6 +53,21 @@ def load_vlm(
     # Where transformers kept it before version 5; not saved.
     vlm.config._commit_hash = commit
     return vlm
+
+
+def located_commit(name: str, **located: Any) -> str | None:
+    """
+    The commit that a model on the Hub, or in its cache, is loaded at, which transformers does not keep; `None` of one
+    in a folder.
+
+    Args:
+        name (`str`): folder, or name on the Hub.
+        located: `revision`, `token`, `cache_dir`, `subfolder` and `local_files_only`, as of `from_pretrained`.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    return extract_commit_hash(cached_file(name, CONFIG_NAME, **located), None)
 
 
 def flow_config(vlm: PaliGemmaForConditionalGeneration, overrides: dict[str, Any]) -> PaliGemmaFlowConfig:

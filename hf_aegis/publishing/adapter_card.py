@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hf_aegis.assets import EMBEDDED_VLM
-from hf_aegis.hub import render_card
+from hf_aegis.hub import is_repo_id, render_card
 from hf_aegis.machine_paths import portable_name
 from hf_aegis.publishing.papers import arxiv_link, bibliography
 from hf_aegis.publishing.policy_card import (
@@ -16,7 +16,6 @@ from hf_aegis.publishing.policy_card import (
     base_licence,
     evaluation_results,
     is_policy,
-    on_the_hub,
     results_table,
     told_anchor,
     told_model,
@@ -73,8 +72,8 @@ def adapter_card(
         library_name="peft",
         pipeline_tag="robotics" if own_run else None,
         tags=list(dict.fromkeys(["hf-aegis", kind.lower(), *(method.tags if method else ()), *options.tags])),
-        base_model=base if on_the_hub(base) else None,
-        base_model_relation="adapter" if on_the_hub(base) else None,
+        base_model=base if is_repo_id(base) else None,
+        base_model_relation="adapter" if is_repo_id(base) else None,
         model_name=name,
         eval_results=evaluation_results(record) or None,
     )

@@ -1,6 +1,5 @@
 """The card of a fine-tuned policy, from its run's files."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -10,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_aegis.assets import EMBEDDED_VLM
-from hf_aegis.hub import render_card
+from hf_aegis.hub import is_repo_id, render_card
 from hf_aegis.publishing.papers import bibliography
 from hf_aegis.publishing.run_record import RunRecord
 
@@ -18,8 +17,6 @@ from hf_aegis.publishing.run_record import RunRecord
 TEMPLATE = "policy.md"
 POLICY_TYPE = "paligemma_flow"
 
-# As the Hub has ids.
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CAPTIONS = {
     "vqa": "VQA cross-entropy and accuracy on the hold-out over training steps",
     "flow": "Flow-matching error on training batches and on held-out demonstrations over training steps",
@@ -80,11 +77,12 @@ def policy_card(record: RunRecord, repo_id: str | None = None, options: CardOpti
     data = ModelCardData(
         language=options.language,
         license=options.license or base_licence(base),
-        library_name="hf_aegis",
+        # Transformers loads the others by itself.
+        library_name="hf_aegis" if is_policy(record.config) else "transformers",
         pipeline_tag="robotics" if is_policy(record.config) else None,
         tags=list(dict.fromkeys(["hf-aegis", *_tags(record.config), *(method.tags if method else ()), *options.tags])),
-        base_model=base if on_the_hub(base) else None,
-        base_model_relation="finetune" if on_the_hub(base) else None,
+        base_model=base if is_repo_id(base) else None,
+        base_model_relation="finetune" if is_repo_id(base) else None,
         datasets=list(options.datasets) if options.datasets is not None else _datasets(record.arguments),
         model_name=name,
         eval_results=evaluation_results(record) or None,
@@ -119,11 +117,6 @@ def is_policy(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == POLICY_TYPE
 
 
-def on_the_hub(name: str | None) -> bool:
-    """Whether a name reads as an id on the Hub."""
-    return name is not None and _HUB_ID.fullmatch(name) is not None
-
-
 def base_licence(base: str | None) -> str | None:
     """The licence that a fine-tuned model has from its base model, where this package knows it."""
     if base == EMBEDDED_VLM.name:
@@ -137,7 +130,7 @@ def told_model(base: str | None) -> str:
         return "a model that its configuration does not name"
     if base == EMBEDDED_VLM.name:
         return f"`{base}`, the small PaliGemma 2 that the package carries (`hf_aegis.assets.EMBEDDED_VLM`)"
-    return f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else f"`{base}`"
+    return f"[{base}](https://huggingface.co/{base})" if is_repo_id(base) else f"`{base}`"
 
 
 def told_anchor(record: RunRecord) -> str | None:
@@ -147,7 +140,7 @@ def told_anchor(record: RunRecord) -> str | None:
         return None
     where = (
         f"[{name}](https://huggingface.co/datasets/{name})"
-        if on_the_hub(name)
+        if is_repo_id(name)
         else f"`{PurePosixPath(name or 'anchor').name}`"
     )
     samples = f"{anchor['num_samples']:,} samples" if anchor.get("num_samples") else "samples"
@@ -244,7 +237,7 @@ def _datasets(arguments: Mapping[str, Any]) -> list[str] | None:
         {"replay", "ewc"} & (arguments.get("penalties") or {}).keys()
     )
     found = [arguments.get("replay_dataset")] if replays else []
-    return [name for name in found if name is not None and on_the_hub(name)] or None
+    return [name for name in found if name is not None and is_repo_id(name)] or None
 
 
 def _tags(config: Mapping[str, Any]) -> list[str]:

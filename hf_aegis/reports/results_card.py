@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from hf_aegis.atomic_files import write_text
-from hf_aegis.hub import render_card
+from hf_aegis.hub import is_repo_id, render_card
 from hf_aegis.publishing import CARD_FILE
 from hf_aegis.publishing.papers import bibliography
-from hf_aegis.publishing.policy_card import on_the_hub, told_model, told_questions
+from hf_aegis.publishing.policy_card import told_model, told_questions
 from hf_aegis.publishing.run_record import RunRecord
 from hf_aegis.reports.comparison_report import FIGURES_FOLDER, REPORT_FILE, write_report
 from hf_aegis.reports.results_table import RESULT_FILES, markdown_table, write_results
@@ -73,7 +73,7 @@ def results_card(folder: Path, results: Mapping[str, Any], repo_id: str | None =
         conditions=conditions,
         seeds=settings["seeds"],
         runs=len(results["runs"]),
-        models=[told_model(model) for model in sorted(m for m in models if on_the_hub(m))],
+        models=[told_model(model) for model in sorted(m for m in models if is_repo_id(m))],
         embedded=None in models,
         questions=told_questions(shared),
         figures=[path.relative_to(folder).as_posix() for path in sorted(folder.glob(PUSHED_FILES[-1]))],

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from hf_aegis.hub import HubDownloadError, download_files
 from hf_aegis.hub.reasons import FAILURES, describe_repo, reason
 from hf_aegis.training.certificate_callback import CERTIFICATE_FILE
 from hf_aegis.training.json_lines import EXPERTS_FILE, METRICS_FILE, PROJECTION_FILE
 from hf_aegis.training.neuron_cosine_callback import NEURON_COSINES_FILE
-from hf_aegis.training.run_upload import LAST_CHECKPOINT, NOT_PUSHED
+from hf_aegis.training.run_upload import LAST_CHECKPOINT
 
 
 # "org/name", or "org/name@revision".
@@ -56,7 +56,7 @@ def download_checkpoint(source: str, output_dir: Path, token: str | bool | None 
             'push_to_hub=True and hub_strategy="checkpoint" or "all_checkpoints" leave one'
         )
     # A pickle that older trainings left there is not needed.
-    wanted = [f for f in files if f.startswith(f"{folder}/") and not f.endswith(NOT_PUSHED[1])]
+    wanted = [f for f in files if f.startswith(f"{folder}/") and not f.endswith(TRAINING_ARGS_NAME)]
     logs = [name for name in _LOGS if name in files]
     paths = download_files(repo_id, [*wanted, *logs], revision=commit, token=token)
     output_dir.mkdir(parents=True, exist_ok=True)

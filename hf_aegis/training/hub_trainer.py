@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -104,7 +104,7 @@ class HubTrainer(Trainer):
             revision=self.args.hub_revision if revision is None else revision,
             private=self.args.hub_private_repo if private is None else private,
         )
-        return push() if blocking else HfApi().run_as_future(push)
+        return push() if blocking else run_as_future(push)
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -160,11 +160,13 @@ class HubTrainer(Trainer):
         if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card(model_name=self.hub_model_id)
         name = Path(checkpoint_folder).name
         places = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: name}
         staged = stage_checkpoint(Path(str(self.args.output_dir)), Path(checkpoint_folder), places.get(strategy))
-        job = HfApi().run_as_future(
+        # Of what is pushed: the output folder may not hold an adapter yet.
+        write_card(staged, self.hub_model_id, record=RunRecord.read(staged, **self._known()))
+        # Of this function's jobs one runs after the other: an older checkpoint never replaces a newer one.
+        job = run_as_future(
             _push_staged,
             staged,
             self.hub_model_id,

@@ -15,18 +15,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_aegis.atomic_files import write_text
 from hf_aegis.hub import HubUploadError, push_folder
 from hf_aegis.machine_paths import portable_name, without_machine_paths
+from hf_aegis.models.policy_push import WEIGHTS
+from hf_aegis.publishing import CARD_FILE
 from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 
 
 LAST_CHECKPOINT = "last-checkpoint"
 """Folder of a repository with the newest checkpoint, as the Trainer's hub strategy `"checkpoint"` names it."""
 
-# Checkpoints are for resuming; the arguments' file is a pickle, which nobody should have to trust; the rest is of this
-# machine: locks, files being written, what trackers log.
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Ends of the names of files that are pickles, or hold some."""
+
+# Checkpoints are for resuming; pickles are nothing that anybody should have to trust; the rest is of this machine:
+# locks, files being written, what trackers log.
 NOT_PUSHED = (
     f"{PREFIX_CHECKPOINT_DIR}-*",
-    TRAINING_ARGS_NAME,
-    f"*/{TRAINING_ARGS_NAME}",
+    *(f"*{suffix}" for suffix in _PICKLED),
+    TRAINER_STATE_NAME,
     ".*",
     "*/.*",
     "_*",
@@ -54,19 +59,24 @@ def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Co
         for path in Path(folder).rglob(ADAPTER_CONFIG)
         if not path.relative_to(folder).parts[0].startswith((PREFIX_CHECKPOINT_DIR, "."))
     }
+    # A repository with weights in shards and whole, one of them old, would be loaded from whichever comes first.
+    stale = WEIGHTS if any(Path(folder).glob(WEIGHTS)) else None
     try:
-        return push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, replacements=replacements, **options)
+        return push_folder(
+            folder, repo_id, ignore_patterns=NOT_PUSHED, delete_patterns=stale, replacements=replacements, **options
+        )
     except HubUploadError as error:
         command = ["hf-aegis", "push", os.fspath(Path(folder).absolute()), repo_id]
         command += ["--private"] if options.get("private") else []
         command += ["--revision", options["revision"]] if options.get("revision") else []
+        command += ["--create_pr"] if options.get("create_pr") else []
         raise HubUploadError(f"{error}; `{shlex.join(command)}` does the same", error.why) from error.__cause__
 
 
 def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
     """
-    A temporary folder with what is pushed of a training under way: the model of a checkpoint, the logs so far and the
-    card, and on request the checkpoint itself. Large files are linked, not copied, so that they stay when the Trainer
+    A temporary folder with what is pushed of a training under way: the model of a checkpoint and the logs so far, and
+    on request the checkpoint itself. Large files are linked, not copied, so that they stay when the Trainer
     deletes the checkpoint before they are on the Hub.
 
     Args:
@@ -77,7 +87,7 @@ def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
     staged = Path(tempfile.mkdtemp(prefix=_STAGED_PREFIX, dir=folder))
     for path in sorted(folder.iterdir()):
         # The logs are still being written, so they are copied; weights of an earlier push are not those of now.
-        if path.is_file() and path.suffix in (".jsonl", ".json", ".yaml", ".md") and not _is_left_out(path):
+        if path.is_file() and path.suffix in (".jsonl", ".json", ".yaml") and not _is_left_out(path):
             shutil.copy(path, staged)
     for path in sorted(checkpoint.rglob("*")):
         if not path.is_file() or _is_left_out(path):
@@ -96,11 +106,12 @@ def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
 
 def _is_state(path: Path) -> bool:
     """Whether a checkpoint's file is of the training rather than of the model."""
-    return path.suffix in (".pt", ".pth", ".bin") or path.name in (TRAINER_STATE_NAME, "expert_ema.safetensors")
+    return path.suffix in _PICKLED or path.name in (TRAINER_STATE_NAME, "expert_ema.safetensors")
 
 
 def _is_left_out(path: Path) -> bool:
-    return path.name == TRAINING_ARGS_NAME or path.name.startswith((".", "_"))
+    # Peft writes a card of its own beside each adapter, which is not filled in and names the base model's folder.
+    return path.name in (TRAINING_ARGS_NAME, CARD_FILE) or path.name.startswith((".", "_"))
 
 
 def _link(source: Path, target: Path) -> None:

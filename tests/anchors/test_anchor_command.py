@@ -16,6 +16,7 @@ from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import anchor as command
 from hf_aegis.cli import main
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.hub import push_folder
 
 
 # The PaliGemma processor of transformers hands NumPy a tensor, whose `__array__` knows no `copy`.
@@ -118,6 +119,35 @@ def test_an_anchor_is_pushed_where_that_is_asked_for(hub, tiny_vlm, questions, t
     assert "license: cc-by-4.0" in repository.files()["README.md"].decode()
 
 
+def test_the_commit_of_a_model_on_the_hub_is_recorded(hub, tiny_vlm, tmp_path):
+    commit = push_folder(tiny_vlm, "org/vlm").oid
+    hub.repo("org/vlm").replace("config.json", b"{}")
+    options = ("--model", "org/vlm", "--revision", commit, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
+    command.run(parse(*options))
+    fingerprint = ActivationAnchor.from_pretrained(tmp_path / "anchor").fingerprint
+    assert (fingerprint.base_model, fingerprint.revision) == ("org/vlm", commit)
+    hub.repo("org/vlm").replace("config.json", (tiny_vlm / "config.json").read_bytes())
+    command.run(parse(*options[:2], *options[4:]))
+    newest = ActivationAnchor.from_pretrained(tmp_path / "anchor").fingerprint
+    assert (newest.revision, newest.weights_sha256) == (
+        hub.repo("org/vlm").branches["main"],
+        fingerprint.weights_sha256,
+    )
+
+
+def test_the_licence_of_the_data_is_told_by_whoever_pushes_later(hub, tiny_vlm, questions, tmp_path, capsys):
+    for name, answers in (("easy", ()), ("own", ("--dataset", questions, "--answer_column", "best"))):
+        command.run(parse("--model", tiny_vlm, "--num_samples", 4, *answers, "--output_dir", tmp_path / name))
+    pushes = (("easy", (), "license: mit"), ("own", ("--dataset_license", "cc-by-4.0"), "license: cc-by-4.0"))
+    for name, options, expected in pushes:
+        assert main(["push", str(tmp_path / name), f"org/{name}", *options]) == 0
+        assert expected in hub.repo(f"org/{name}", "dataset").files()["README.md"].decode()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert main(["push", str(tmp_path / "model"), "org/model", "--dataset_license", "mit"]) == 2
+    assert "--dataset_license is for the card of an anchor" in capsys.readouterr().err
+
+
 def test_a_card_of_one_s_own_is_kept_and_nothing_else_of_the_folder_is_pushed(hub, tiny_vlm, tmp_path):
     folder = tmp_path / "anchor"
     command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--output_dir", folder))
@@ -134,6 +164,12 @@ def test_a_push_that_cannot_succeed_is_refused_at_once_and_one_that_fails_later_
     options = ("--model", tiny_vlm, "--num_samples", 4, "--output_dir", tmp_path / "anchor")
     with pytest.raises(OSError, match="nothing can be pushed to the dataset repository elsewhere/name: "):
         command.run(parse(*options, "--push_to_hub", "elsewhere/name"))
+    for more, message in (
+        (("--hub_revision", "0a" * 20), "must be a branch to push to"),
+        (("--hub_revision", "v1", "--create_pr", "true"), "a pull request goes to the main branch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.run(parse(*options, "--push_to_hub", "org/name", *more))
     assert not (tmp_path / "anchor").exists()
     hub.fail_next("POST", "/commit/")
     with pytest.raises(OSError, match=rf"{tmp_path / 'anchor'} was not pushed .*`hf upload org/name"):

@@ -54,6 +54,13 @@ def test_a_pushed_anchor_comes_back_bit_equal(hub, request, kind):
     assert list(Path(tempfile.gettempdir()).iterdir()) == []
 
 
+def test_an_anchor_without_subspaces_leaves_no_table_of_earlier_ones(hub, anchor, rich_anchor):
+    rich_anchor.push_to_hub(NAME)
+    anchor.push_to_hub(NAME)
+    assert "subspaces.jsonl" not in hub.repo(NAME, "dataset").files()
+    assert datasets.get_dataset_config_names(NAME) == ["layers"]
+
+
 def test_branch_tag_and_commit_are_revisions(hub, anchor):
     from huggingface_hub import HfApi
 

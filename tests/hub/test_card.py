@@ -67,6 +67,14 @@ def test_templates_are_found_in_a_checkout_and_in_a_wheel(monkeypatch, tmp_path)
         find_template("nothing.md")
 
 
+def test_a_file_of_the_working_directory_is_no_template(monkeypatch, tmp_path):
+    # As in the output folder of a comparison.
+    (tmp_path / "results.md").write_text("| condition |")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"model_cards/results\.md: .* is undefined"):
+        render_card("results.md", DatasetCardData())
+
+
 def test_a_wheel_carries_the_templates():
     from hatchling.builders.wheel import WheelBuilder
 

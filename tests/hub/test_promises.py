@@ -1,6 +1,7 @@
 """What the whole package does not do, read from its source."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def test_nothing_runs_code_that_comes_with_data(path):
         assert "allow_pickle" not in keywords
         if ast.unparse(call.func) == "torch.load":
             assert ast.unparse(keywords["weights_only"]) == "True"
+        loader = ast.unparse(call.func)
+        if path.parts[len(ROOT.parts)] != "recipes" and re.search(r"\bAutoModel\w*\.from_pretrained$", loader):
+            assert ast.unparse(keywords["use_safetensors"]) == "True"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "hf_aegis" / "hub").glob("*.py")), ids=lambda path: path.name)

@@ -57,6 +57,23 @@ def test_what_is_pushed_again_replaces_and_leaves_the_rest(hub, folder):
     assert push_folder(folder, "org/name").oid == newest, "nothing has changed, and nothing is committed"
 
 
+def test_what_does_not_go_with_the_new_files_is_deleted_in_the_same_commit(hub, folder):
+    push_folder(folder, "org/name")
+    for name in ("weights-2.safetensors", "other.txt"):
+        hub.repo("org/name").replace(name, b"old")
+    commits = len(hub.repo("org/name").history())
+    (folder / "notes.txt").write_bytes(b"new")
+    push_folder(folder, "org/name", delete_patterns=["weights*", ".git*"])
+    repository = hub.repo("org/name")
+    assert repository.files() == {**CONTENTS, "notes.txt": b"new", "other.txt": b"old"}
+    assert ".gitattributes" in repository.resolve().files
+    assert len(repository.history()) == commits + 1
+    (folder / "notes.txt").write_bytes(b"newer")
+    hub.fail_next("POST", "/commit/")
+    with pytest.raises(HubUploadError, match=r"--delete 'weights\*'"):
+        push_folder(folder, "org/name", delete_patterns="weights*")
+
+
 def test_a_name_alone_is_one_s_own(hub, folder):
     push_folder(folder, "name")
     assert hub.repo("writer/name").files() == CONTENTS

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from hf_aegis.data import FASTTokenizer
+from hf_aegis.hub import HubUploadError
 from hf_aegis.models import PaliGemmaFlowConfig, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
 
@@ -61,6 +63,28 @@ def test_a_policy_comes_back_bit_equal_by_every_class(hub, model, batch, shards)
             PaliGemmaFlowForAction.from_pretrained("org/other")
 
 
+def test_its_card_is_the_package_s_own_unless_somebody_wrote_one(hub, model, processor, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Transformers leaves a card to be filled in.
+    processor.push_to_hub(REPO)
+    model.push_to_hub(REPO, tags="mine")
+    card = ModelCard(hub.repo(REPO).files()["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("hf_aegis", "robotics")
+    assert "mine" in card.data.tags and "More Information Needed" not in card.content
+    assert f'from_pretrained("{REPO}")' in card.text
+    hub.repo(REPO).replace("README.md", b"# Mine\n")
+    model.push_to_hub(REPO)
+    assert hub.repo(REPO).files()["README.md"] == b"# Mine\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_that_should_be_private_is_not_published(hub, model):
+    HfApi().create_repo(REPO)
+    with pytest.raises(HubUploadError, match="exists and is public"):
+        model.push_to_hub(REPO, private=True)
+    assert hub.repo(REPO).files() == {}
+
+
 def test_a_private_policy_needs_a_token_that_may_see_it(hub, model, monkeypatch):
     model.push_to_hub(REPO, private=True)
     monkeypatch.setenv("HF_TOKEN", hub.stranger_token)
@@ -92,6 +116,21 @@ def test_a_policy_is_made_of_a_model_on_the_hub(hub, vlm, vlm_processor, expert)
     assert (loaded.config.vlm_name_or_path, loaded.config.vlm_revision) == ("org/vlm", commit)
     processor = PaliGemmaFlowProcessor.from_vlm_processor("org/vlm", revision=commit, token=hub.read_only_token)
     assert processor.tokenizer.get_vocab() == vlm_processor.tokenizer.get_vocab()
+
+
+def test_pickled_weights_are_not_read(hub, model, vlm, monkeypatch):
+    # Transformers would ask a Space to convert them.
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
+    model.push_to_hub(REPO)
+    vlm.push_to_hub("org/vlm")
+    for name in (REPO, "org/vlm"):
+        HfApi().delete_file("model.safetensors", name)
+        hub.repo(name).replace("pytorch_model.bin", b"a pickle")
+    for load in (PaliGemmaFlowForAction.from_pretrained, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            load(REPO)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        PaliGemmaFlowForAction.from_vlm("org/vlm")
 
 
 def test_a_processor_comes_back_whole(hub, fast_processor, images):

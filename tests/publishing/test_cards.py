@@ -53,6 +53,21 @@ def test_every_number_is_the_files_own(run_folder):
     assert "/data/me" not in text
 
 
+def test_a_folder_is_not_linked_as_if_it_were_on_the_hub(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "anchor").mkdir(parents=True)
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("org/anchor", "outputs/anchor"))
+    text = policy_card(RunRecord.read(run_folder))
+    assert "- Anchor: `anchor`, from 3,000 samples" in text
+    assert "huggingface.co/datasets/outputs" not in text
+
+
+def test_what_transformers_loads_says_so(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    assert ModelCard(policy_card(RunRecord.read(tmp_path), "org/text")).data.library_name == "transformers"
+
+
 def test_scores_on_other_questions_are_not_those_from_before(run_folder, tmp_path):
     (tmp_path / "pretrained.json").write_text(json.dumps({"fingerprint": "other", "accuracy": 0.9965}))
     assert "| VQA accuracy (%) | – | 71.1" in policy_card(RunRecord.read(run_folder))

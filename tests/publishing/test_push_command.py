@@ -112,3 +112,30 @@ def test_an_anchor_is_pushed_as_by_its_own_method(hub, tmp_path, capsys):
     loaded = ActivationAnchor.from_pretrained("org/anchor")
     assert torch.equal(loaded.mean, anchor.mean)
     assert "README.md" in hub.repo("org/anchor", "dataset").files()
+
+
+def test_a_checkpoint_s_folder_is_pushed_without_pickles(hub, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(tmp_path / "checkpoint-5")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", "inner/weights.pkl"):
+        (tmp_path / "checkpoint-5" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "checkpoint-5" / name).write_bytes(b"not to be read")
+    assert main(["push", str(tmp_path / "checkpoint-5"), REPO]) == 0
+    weights = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert hub.repo(REPO).files().keys() == weights
+
+
+def test_weights_take_the_place_of_shards(hub, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    for name, size in (("shards", "10KB"), ("whole", "1GB")):
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        main(["push", str(tmp_path / name), REPO])
+        stored = {file for file in hub.repo(REPO).files() if "safetensors" in file}
+        assert stored == {path.name for path in (tmp_path / name).glob("*safetensors*")}
+
+
+def test_what_was_to_be_proposed_is_not_to_be_pushed_the_next_time(hub, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    hub.fail_next("POST", "/commit/")
+    assert main(["push", str(tmp_path), REPO, "--create_pr"]) == 2
+    assert f"`hf-aegis push {tmp_path} {REPO} --create_pr` does the same" in capsys.readouterr().err

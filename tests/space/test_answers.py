@@ -6,6 +6,7 @@ from settings import ShownModel, shown_models
 
 from hf_aegis.assets import DEMO_CHECKPOINTS, EMBEDDED_VLM
 from hf_aegis.data.vqa import VQACollator, VQASample, load_easy_vqa
+from hf_aegis.hub import push_folder
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,30 @@ def test_what_cannot_be_loaded_is_told_without_a_path(tmp_path, capsys):
 def test_a_plain_model_is_no_policy():
     with pytest.raises(ModelUnavailableError, match="cannot act"):
         load(ShownModel("naive", "Naive", "", f"{EMBEDDED_VLM}/", embedded=False, acts=True))
+
+
+def test_models_are_loaded_from_the_hub_by_the_ids_that_variables_name(hub, monkeypatch, capsys, models, samples):
+    push_folder(DEMO_CHECKPOINTS["naive"], "org/naive", private=True)
+    push_folder(DEMO_CHECKPOINTS["naive"], "org/pickled", ignore_patterns="*.safetensors")
+    hub.repo("org/pickled").replace("pytorch_model.bin", b"a pickle")
+    for name, source in (("NAIVE", "org/naive"), ("AEGIS", "org/missing"), ("HELD", "org/pickled")):
+        monkeypatch.setenv(f"AEGIS_SPACE_{name}", source)
+    monkeypatch.setattr("loading._loaded", {})
+    chosen = {shown.key: shown for shown in shown_models()}
+    loaded, local = load(chosen["naive"]), load(models["naive"])
+    assert loaded is not local
+    own, other = local.model.state_dict(), loaded.model.state_dict()
+    assert own.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in own.items())
+    assert ask(loaded, samples[0].image, samples[0].question) == ask(local, samples[0].image, samples[0].question)
+    for key in ("aegis", "held"):
+        with pytest.raises(ModelUnavailableError, match="cannot be loaded at the moment"):
+            load(chosen[key])
+    log = capsys.readouterr().out
+    assert "org/missing" in log and "org/pickled" in log and hub.token not in log
+    # From the cache.
+    monkeypatch.setattr("loading._loaded", {})
+    with hub.offline():
+        assert load(chosen["naive"]).processor.statistics.to_dict() == local.processor.statistics.to_dict()
 
 
 def test_models_are_chosen_by_variables(monkeypatch):

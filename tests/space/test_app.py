@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -61,6 +62,33 @@ def test_a_chunk_is_drawn_for_the_chosen_policies(app):
     assert "path naive" not in view
     assert curves.count('role="img"') == 7
     assert view != app.act(0, 10, "pick up the milk", ["AEGIS"], 4)[0]
+
+
+def test_a_policy_that_was_trained_on_something_else_is_told_of(app, warned, monkeypatch):
+    load = app.load
+
+    def load_with_one_camera(shown):
+        loaded = load(shown)
+        if shown.key != "naive":
+            return loaded
+        processor = copy.copy(loaded.processor)
+        processor.cameras = ["agentview"]
+        return loaded._replace(processor=processor)
+
+    monkeypatch.setattr(app, "load", load_with_one_camera)
+    view, _ = app.act(0, 10, "pick up the milk", ["Naive", "AEGIS"], 3)
+    assert "path aegis" in view and "path naive" not in view
+    assert warned == ["The model “Naive” was trained on other observations or actions than these."]
+
+
+def test_only_the_first_visitor_warms_the_models_up(app, monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "answer_example", asked.append)
+    app.warm_up.cache_clear()
+    for _ in range(3):
+        app.warm_up()
+    app.warm_up.cache_clear()
+    assert asked == [0]
 
 
 @pytest.mark.parametrize(

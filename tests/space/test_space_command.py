@@ -70,10 +70,15 @@ def test_a_folder_of_this_machine_is_not_deployed(tmp_path, monkeypatch, capsys)
 
 
 def test_somebody_s_folder_is_not_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="something else than a Space"):
-        assemble(space_folder(), tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+    # A Space of one's own, for one.
+    (tmp_path / "app.py").write_text("years of work")
+    for folder in (tmp_path, tmp_path / "app.py"):
+        with pytest.raises(ValueError, match="holds something else than what this command has put there"):
+            assemble(space_folder(), folder)
+    assert (tmp_path / "app.py").read_text() == "years of work"
+    with pytest.raises(ValueError, match="holds something else"):
+        assemble(space_folder(), space_folder())
+    assert (space_folder() / "app.py").is_file()
 
 
 def test_it_is_deployed_in_one_commit(hub, tmp_path, capsys):
@@ -81,11 +86,22 @@ def test_it_is_deployed_in_one_commit(hub, tmp_path, capsys):
     assert main(["space", "--push_to_hub", "org/page", *options]) == 0
     repository = hub.repo("org/page", "space")
     assert repository.private
-    expected = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*.*")}
+    there = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*.*")}
+    expected = there - {".hf-aegis-space"}
     assert set(repository.files()) == expected
     assert {"app.py", "README.md", "requirements.txt", "geometry.json", "examples/1.png"} <= expected
     assert capsys.readouterr().out.strip().endswith("spaces/org/page")
     assert len(repository.history()) == 2, "creation, and one commit"
+
+
+def test_models_of_an_earlier_deployment_do_not_stay(hub, tmp_path, monkeypatch):
+    options = ["--push_to_hub", "org/page", "--package", "hf-aegis", "--output_dir", str(tmp_path / "space")]
+    monkeypatch.setenv("AEGIS_SPACE_NAIVE", "org/naive")
+    assert main(["space", *options]) == 0
+    assert "models.json" in hub.repo("org/page", "space").files()
+    monkeypatch.delenv("AEGIS_SPACE_NAIVE")
+    assert main(["space", *options]) == 0
+    assert "models.json" not in hub.repo("org/page", "space").files()
 
 
 def test_a_failed_deployment_leaves_the_folder_and_says_how_to_retry(hub, tmp_path, capsys):

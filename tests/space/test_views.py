@@ -95,6 +95,13 @@ def test_logs_come_from_the_hub_where_the_model_is(hub, tmp_path):
     assert "None of the models" in learning_page([policy("org/other")])
 
 
+def test_another_s_evaluation_is_no_table(tmp_path):
+    shutil.copytree(DEMO_CHECKPOINTS["naive"], tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"accuracy": 0.5}))
+    html = learning_page([policy(str(tmp_path / "run"))])
+    assert "<svg" in html and "<table" not in html
+
+
 def test_paths_are_drawn_over_the_picture():
     episode = held_out_episodes(demonstrations())[0]
     seen = observe(episode, 20, 50)

@@ -3,15 +3,17 @@
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from hf_aegis.hub import HubDownloadError, HubUploadError
-from hf_aegis.training import AEGISTrainer
+from hf_aegis.training import AEGISTrainer, hub_trainer
 from hf_aegis.training.json_lines import JSONLines
 
 
@@ -22,7 +24,7 @@ REPO = "org/run"
 def make_trainer(make_language_model, make_args, token_dataset, tmp_path):
     """A trainer of a tiny language model that pushes each checkpoint, one after the other."""
 
-    def make(folder="out", **changes):
+    def make(folder="out", adapt=lambda model: model, **changes):
         pushing = {
             "push_to_hub": True,
             "hub_model_id": REPO,
@@ -33,7 +35,7 @@ def make_trainer(make_language_model, make_args, token_dataset, tmp_path):
             "preserve": "none",
         }
         return AEGISTrainer(
-            make_language_model(),
+            adapt(make_language_model()),
             make_args(output_dir=str(tmp_path / folder), **{**pushing, **changes}),
             train_dataset=token_dataset,
         )
@@ -101,6 +103,37 @@ def test_each_strategy_pushes_what_it_says_in_one_commit_each(
         assert {f"{name}/optimizer.pt", f"{name}/trainer_state.json", f"{name}/model.safetensors"} <= files.keys()
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert files["metrics.jsonl"] == (tmp_path / "out" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_s_checkpoints_have_the_run_s_card_and_no_path(hub, make_trainer, tmp_path):
+    def adapt(model):
+        # As of a model that was loaded from a folder.
+        model.save_pretrained(tmp_path / "tiny")
+        model.name_or_path = str(tmp_path / "tiny")
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+    make_trainer(adapt=adapt, hub_strategy="checkpoint").train()
+    files = hub.repo(REPO).files()
+    assert {"adapter_model.safetensors", "last-checkpoint/adapter_model.safetensors"} <= files.keys()
+    assert [name for name in files if name.endswith("README.md")] == ["README.md"]
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)
+    assert "More Information Needed" not in card.content
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+def test_checkpoints_are_pushed_in_their_order(hub, make_trainer, monkeypatch):
+    real = hub_trainer.push_folder
+
+    def slow_at_first(folder, *args, commit_message, **options):
+        if commit_message.endswith("step 2"):
+            time.sleep(1)
+        return real(folder, *args, commit_message=commit_message, **options)
+
+    monkeypatch.setattr(hub_trainer, "push_folder", slow_at_first)
+    make_trainer(hub_strategy="every_save").train()
+    assert titles(hub) == ["Training in progress, step 2", "Training in progress, step 4"]
 
 
 def test_a_branch_is_pushed_to(hub, make_trainer):
@@ -209,7 +242,7 @@ def test_the_card_of_a_training(hub, make_trainer, tmp_path):
     trainer.train()
     trainer.push_to_hub(tags=["mine"], dataset="org/data")
     card = ModelCard(hub.repo(REPO).files()["README.md"].decode())
-    assert card.data.library_name == "hf_aegis"
+    assert card.data.library_name == "transformers"
     assert {"mine", "naive", "hf-aegis"} <= set(card.data.tags)
     assert card.data.datasets == ["org/data"]
     assert "naive fine-tuning" in card.text
