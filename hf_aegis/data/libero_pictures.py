@@ -1,11 +1,13 @@
 """How the pictures of demonstrations were rendered, as far as their file says: a policy should act upon such ones."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import h5py
 
+from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, resolve_files
 from hf_aegis.data.libero_format import (
     CONVENTION_ATTRIBUTE,
     RECORDING_ATTRIBUTE,
@@ -13,7 +15,7 @@ from hf_aegis.data.libero_format import (
     parse_json_object,
     text_attribute,
 )
-from hf_aegis.data.libero_hdf5 import RecordedTask
+from hf_aegis.data.libero_hdf5 import RecordedTask, read_task
 
 
 RENDERINGS = ("fast", "standard")
@@ -101,6 +103,27 @@ def read_pictures(file: h5py.File, task: RecordedTask) -> PictureSettings | None
     # Pictures are the observations (T, s, s, 3).
     sides = {int(frames.shape[1]) for frames in observations if frames.ndim == 4}
     return PictureSettings(sides.pop()) if len(sides) == 1 else None
+
+
+def pictures_of(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> PictureSettings | None:
+    """
+    How the pictures of demonstration files were rendered; `None` where they do not say or differ.
+
+    Args:
+        paths (`str`, `os.PathLike` or a sequence of them): files, or folders that stand for every `*.hdf5` below.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        LiberoFormatError: a file is not what it should be.
+    """
+    found = set()
+    for path in resolve_files(paths):
+        with open_libero_file(path) as file, naming_damage(path):
+            for group in find_data_groups(file):
+                task = read_task(group)
+                assert task is not None  # the strict report raises instead
+                found.add(read_pictures(file, task))
+    return common_pictures(found)
 
 
 def common_pictures(found: set[PictureSettings | None]) -> PictureSettings | None:

@@ -1,6 +1,7 @@
 """`hf-aegis eval-libero`: its options, its table, and once the real simulator."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import build_parser, eval_libero, main
 from hf_aegis.cli.eval_libero import EvalLiberoArguments, format_table, score_table
-from hf_aegis.evaluation.rollouts.episodes import EpisodeResult
+from hf_aegis.data import PictureSettings
+from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, EpisodeSpec
 from hf_aegis.evaluation.rollouts.libero import plan_replays
 from hf_aegis.evaluation.rollouts.protocols import PROTOCOLS, RolloutProtocol
 
@@ -47,6 +49,54 @@ def test_the_table_tells_crashes_from_failures():
     assert table[2].split() == ["libero_goal/b", "0", "–", "–", "–", "1"]
     assert "Success is over the episodes that ended" in table[-2]
     assert table[-1] == "Time of the episodes: physics 75%, rendering 25%."
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The processor of a model whose training data were rendered as said."""
+    from hf_aegis.assets import EMBEDDED_VLM
+    from hf_aegis.models import PaliGemmaFlowProcessor
+
+    def save(pictures):
+        PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, pictures=pictures).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+SEEN = PictureSettings(64, 3, "fast")
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen", "expected", "warning"),
+    [
+        (SEEN, {}, SEEN, None),
+        (SEEN, {"image_size": 64, "supersampling": 3}, SEEN, None),
+        (
+            SEEN,
+            {"rendering": "standard"},
+            PictureSettings(64, 3, "standard"),
+            "was trained on other pictures (image_si",
+        ),
+        (None, {}, PictureSettings(128, 1, "fast"), "does not say how the pictures it was trained on were rendered"),
+        (None, {"image_size": 64}, PictureSettings(64, 1, "fast"), "it will see image_size 64, supersampling 1, rend"),
+        (None, SEEN.to_dict(), SEEN, None),
+    ],
+)
+def test_pictures_are_those_of_the_training(saved, capsys, known, chosen, expected, warning):
+    asked = EvalLiberoArguments(model=saved(known), suite=["libero_goal"], **chosen)
+    assert eval_libero._pictures(asked) == expected
+    told = capsys.readouterr().err
+    assert (told == "") if warning is None else (warning in told)
+
+
+def test_films_that_were_not_made_are_told(tmp_path):
+    def spec(start):
+        return EpisodeSpec("s", "a", "a", start, 0, 9, 1, film=str(tmp_path / f"{start}.webp"))
+
+    ended = {("s", "a", start): result("a", start, success) for start, success in enumerate((True, False, None))}
+    (tmp_path / "0.webp").touch()
+    assert eval_libero._never_filmed([spec(start) for start in range(4)], SimpleNamespace(results=ended)) == 1
 
 
 def run(*options):
