@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ CHOSEN_BY_COMPARISON = ("model", "policy", "revision", "demonstrations", "output
 _CARRYING_OUT = ("num_envs", "hang_seconds", "retry_crashed", "film_format")
 PICTURES = ("image_size", "supersampling", "rendering")
 """Fields that say how pictures are rendered, as of [`~data.PictureSettings`]."""
+_ERRORS_SHOWN = 3
 
 
 @dataclass
@@ -180,7 +182,7 @@ def _asked(asked: EvalLiberoArguments) -> dict[str, Any]:
 def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) -> dict[str, Any]:
     """
     What is written to the output: the settings, and the scores in total, by suite and by task; and where the time of
-    the episodes went, in seconds of the process that ran each.
+    the episodes went, in seconds of the process that ran each, and how often which error came.
     """
     from hf_aegis.evaluation.rollouts.scores import RolloutScore, scores_by
 
@@ -188,12 +190,14 @@ def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) ->
     for result in results:
         for name, value in result.seconds.items():
             seconds[name] = round(seconds.get(name, 0.0) + value, 3)
+    errors = Counter(result.error for result in results if result.error is not None)
     return {
         **settings,
         "counted": "success_rate is successes / episodes; crashed episodes are not among these episodes",
         **RolloutScore.of(results).to_dict(),
         "by_suite": {name: score.to_dict() for name, score in scores_by(results, "suite").items()},
         "by_task": {name: score.to_dict() for name, score in scores_by(results, "suite", "task").items()},
+        "errors": dict(errors.most_common()),
         "seconds": seconds,
     }
 
@@ -201,7 +205,8 @@ def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) ->
 def format_table(scores: dict[str, Any]) -> str:
     """
     One line per task, one per suite and one for all: episodes that ended, success in per cent of them with its 95 %
-    interval, mean steps of the successful ones, and the crashed ones; below, where the time went.
+    interval, mean steps of the successful ones, and the crashed ones; below, the most frequent errors, and where the
+    time went.
     """
     rows = {**scores["by_task"], **scores["by_suite"]}
     if len(scores["by_suite"]) > 1:
@@ -220,6 +225,9 @@ def format_table(scores: dict[str, Any]) -> str:
         lines.append("Success is over the episodes that ended; those that crashed are beside them, and say nothing.")
     if scores["faults"]:
         lines.append(f"{scores['faults']} episodes failed because the policy's answer could not be executed.")
+    lines += [f"{count} x {error}" for error, count in list(scores["errors"].items())[:_ERRORS_SHOWN]]
+    if (more := len(scores["errors"]) - _ERRORS_SHOWN) > 0:
+        lines.append(f"and {more} other errors, each beside its episode.")
     if total := sum(scores["seconds"].values()):
         shares = ", ".join(f"{name} {value / total:.0%}" for name, value in scores["seconds"].items())
         lines.append(f"Time of the episodes: {shares}.")

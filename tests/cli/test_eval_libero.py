@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hf_aegis.assets import DEMONSTRATIONS
+from hf_aegis.assets import DEMO_CHECKPOINTS, DEMONSTRATIONS
 from hf_aegis.cli import build_parser, eval_libero, main
 from hf_aegis.cli.eval_libero import EvalLiberoArguments, format_table, score_table
 from hf_aegis.data import PictureSettings
+from hf_aegis.data.libero_pictures import pictures_of
 from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, EpisodeSpec
 from hf_aegis.evaluation.rollouts.libero import plan_replays
+from hf_aegis.evaluation.rollouts.model_policy import trained_pictures
 from hf_aegis.evaluation.rollouts.protocols import PROTOCOLS, RolloutProtocol
 
 
@@ -47,8 +49,20 @@ def test_the_table_tells_crashes_from_failures():
     table = format_table(scores).splitlines()
     assert table[1].split() == ["libero_goal/a", "2", "50.0", "%", "9.5", "–", "90.5", "12", "0"]
     assert table[2].split() == ["libero_goal/b", "0", "–", "–", "–", "1"]
-    assert "Success is over the episodes that ended" in table[-2]
+    assert "Success is over the episodes that ended" in table[-3]
+    assert scores["errors"] == {"died": 1} and table[-2] == "1 x died"
     assert table[-1] == "Time of the episodes: physics 75%, rendering 25%."
+
+
+def test_the_most_frequent_errors_are_shown():
+    errors = ["a", "b", "b", "c", "d", "e"]
+    table = format_table(score_table([result("t", n, None, e) for n, e in enumerate(errors)], {})).splitlines()
+    assert table[-5:-1] == ["2 x b", "1 x a", "1 x c", "and 2 other errors, each beside its episode."]
+
+
+def test_the_shipped_policies_know_their_pictures():
+    for folder in DEMO_CHECKPOINTS.values():
+        assert trained_pictures(folder) == SEEN == pictures_of(DEMONSTRATIONS)
 
 
 @pytest.fixture
