@@ -3,15 +3,20 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_aegis.cli import build_parser, compare
+from hf_aegis.cli.compare import CompareArguments
+from hf_aegis.cli.conditions import check_rollouts, resolve_conditions
+from hf_aegis.cli.recipe import option_types, read_recipe
 from hf_aegis.evaluation.rollouts import libero
 from hf_aegis.functional.wilson import wilson_interval
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 output_dir: {folder}
 seeds: [0, 1]
@@ -157,3 +162,13 @@ def test_other_pictures_than_the_demonstrations_are_warned_of(run, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "naive, small will see other pictures (image_size 64, supersampling 3, rendering standard)" in line
     assert "than the demonstrations' (image_size 64, supersampling 3, rendering fast)" in line
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES.glob("*.yaml") if "\nlibero:" in path.read_text()], ids=lambda path: path.stem
+)
+def test_recipes_let_act_what_they_train(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
+    recipe = read_recipe(path, option_types([CompareArguments]))
+    conditions = resolve_conditions(recipe["conditions"], recipe["shared"], {}, recipe.get("anchors", {}), path)
+    assert check_rollouts(recipe["libero"], conditions, path) == []
