@@ -13,8 +13,9 @@ this does not download.
 One episode for each variant, from the first of its fixed initial states, within openpi's step limits, as LIBERO-plus
 prescribes. Differences from its own evaluation: instructions are the undisturbed task's (its benchmark leaves the
 variant's name in them) except where wording is the disturbance; and where the robot's initial state is, the fixed
-state of the objects does not undo it. Finished episodes are not repeated; errors of the simulator are
-counted apart, and tried again at the next start.
+state of the objects does not undo it. Pictures are drawn at 256 pixels, which the disturbances assume, whatever the
+policy was trained on; `--rendering` had better be that of its demonstrations, which the server names. Finished
+episodes are not repeated; errors of the simulator are counted apart, and tried again at the next start.
 """
 
 import argparse

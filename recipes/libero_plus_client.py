@@ -26,7 +26,7 @@ MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "l
 """openpi's step limits."""
 SETTLING_STEPS = 10
 IMAGE_SIZE = 256
-"""LIBERO-plus' disturbances of pictures assume this."""
+"""LIBERO-plus' disturbances of pictures assume this; the server makes them as small as the model's."""
 IDLE = np.array([0.0] * 6 + [-1.0])
 UNTOUCHED_VIEW = "0_0_100_0_0"
 MOTION_BLUR = range(1, 11)
@@ -277,10 +277,11 @@ def main() -> None:
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
     policy = WebsocketClientPolicy(settings["host"], settings["port"])
+    served = same_model(episodes, policy.get_server_metadata(), output)
     wrapper, magick = import_wrapper()
     for number, variant in enumerate(remaining, 1):
         began = time.perf_counter()
-        result: dict[str, Any] = {"variant": variant.file, "kind": variant.kind}
+        result: dict[str, Any] = {"variant": variant.file, "kind": variant.kind, "model": served}
         np.random.seed(settings["seed"])
         if variant.noise in MOTION_BLUR and not magick:
             result["error"] = "motion blur is drawn by ImageMagick, whose library libMagickWand was not found"
@@ -291,6 +292,14 @@ def main() -> None:
             file.write(json.dumps(result) + "\n")
         outcome = result.get("error") or ("success" if result["success"] else "failure")
         print(f"{number}/{len(remaining)} {variant.kind}: {outcome} ({variant.file})", flush=True)
+
+
+def same_model(episodes: list[dict[str, Any]], metadata: dict[str, Any], output: Path) -> str | None:
+    """What the server says of its model, which is that of the episodes in the file, unless it ends here."""
+    served = metadata.get("model")
+    if others := {episode.get("model") for episode in episodes} - {served}:
+        sys.exit(f"{output} holds episodes of the model {others.pop()}, served is {served}: give another --output")
+    return served
 
 
 def attempt(wrapper: Any, folder: Path, variant: Variant, policy: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class CompareArguments:
             collected by it.
         libero (`dict`, *optional*):
             Fields of `hf-aegis eval-libero`, such as `suite` and `episodes`, but for what is evaluated and where that
-            is written: each trained model then acts in the simulator.
+            is written: each trained model then acts in the simulator. Unless the section says otherwise, it sees
+            pictures like its demonstrations'.
         only (`list[str]`, *optional*): The conditions to run now; by default all.
         jobs (`int`, *optional*):
             Processes side by side, which share the cores. By default as many as before in this folder, with as many
@@ -89,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     used = resolve_anchors(anchors, conditions, source)
     check_runnable(conditions, source)
     if asked.libero is not None:
-        check_rollouts(asked.libero, source)
+        for warning in check_rollouts(asked.libero, conditions, source):
+            print(f"hf-aegis compare: warning: {warning}", file=sys.stderr, flush=True)
     folder = Path(asked.output_dir)
     comparison = Comparison(
         folder=folder,

@@ -159,8 +159,9 @@ class Comparison:
         for run in self.chosen:
             output = run.folder / ROLLOUTS_FILE
             # A model that is trained may be asked for more episodes; the command refuses to mix other settings.
-            done = json.loads(output.read_text())["asked"] if output.exists() else None
-            if run.finished and done != asked_of_comparison(own):
+            scores = json.loads(output.read_text()) if output.exists() else None
+            again = scores is not None and own.get("retry_crashed", False) and scores["crashed"] > 0
+            if run.finished and (scores is None or again or scores["asked"] != asked_of_comparison(own)):
                 recipe = {**own, "model": str(run.folder), "output": str(output)}
                 write_text(run.rollout_recipe, yaml.safe_dump(recipe, sort_keys=False))
                 pending[run.rollout_call] = run

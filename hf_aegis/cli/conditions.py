@@ -1,5 +1,6 @@
 """The conditions of a comparison: what they share and what sets them apart, merged and checked before any runs."""
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,17 +117,23 @@ def check_runnable(conditions: Mapping[str, Mapping[str, Any]], source: Path | N
                 raise ValueError(f"{place}: {error}") from error
 
 
-def check_rollouts(section: Mapping[str, Any], source: Path | None) -> None:
+def check_rollouts(
+    section: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]], source: Path | None
+) -> list[str]:
     """
     Checks the fields of `hf-aegis eval-libero` that a comparison has, before anything is trained.
 
+    Returns:
+        `list[str]`: What to warn of: conditions that would see other pictures than those of their demonstrations.
+
     Raises:
-        ValueError: If a field is unknown or chosen by the comparison, a value does not fit, or a task is unknown; file
-            and key are named.
+        ValueError: If a field is unknown or chosen by the comparison, a value does not fit, by itself or to a
+            condition, or a task is unknown; file and key are named.
         ImportError: If the `libero` extra is not installed.
     """
-    from hf_aegis.cli.eval_libero import CHOSEN_BY_COMPARISON, EvalLiberoArguments
+    from hf_aegis.cli.eval_libero import CHOSEN_BY_COMPARISON, PICTURES, EvalLiberoArguments
     from hf_aegis.evaluation.rollouts.libero import chosen_tasks
+    from hf_aegis.training.run_arguments import RunArguments
 
     place = f"{source or 'hf-aegis compare'}, libero"
     hints = option_types([EvalLiberoArguments])
@@ -136,6 +143,39 @@ def check_rollouts(section: Mapping[str, Any], source: Path | None) -> None:
         chosen_tasks(asked.suite or [], asked.tasks)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    for name, recipe in conditions.items():
+        chunk_size = recipe.get("chunk_size", RunArguments.chunk_size)
+        if asked.replan_steps > chunk_size:
+            raise ValueError(
+                f"{place}: replan_steps is {asked.replan_steps}, but a chunk of condition {name!r} has {chunk_size} "
+                "actions"
+            )
+        if asked.head == "fast" and recipe.get("fast") is None:
+            raise ValueError(f"{place}: head is 'fast', but condition {name!r} trains none (its field 'fast')")
+    chosen = {name: value for name in PICTURES if (value := getattr(asked, name)) is not None}
+    return _other_pictures(chosen, conditions, place) if chosen else []
+
+
+def _other_pictures(chosen: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]], place: str) -> list[str]:
+    from hf_aegis.assets import DEMONSTRATIONS
+    from hf_aegis.data.libero_pictures import pictures_of
+
+    warnings = []
+    by_source: dict[tuple[str, ...], list[str]] = {}
+    for name, recipe in conditions.items():
+        by_source.setdefault(tuple(recipe.get("demonstrations") or [str(DEMONSTRATIONS)]), []).append(name)
+    for demonstrations, names in by_source.items():
+        try:
+            known = pictures_of(demonstrations)
+        except FileNotFoundError:
+            # The training's to say, if there is any left to do.
+            continue
+        if known is not None and dataclasses.replace(known, **chosen) != known:
+            warnings.append(
+                f"{place}: {', '.join(names)} will see other pictures ({dataclasses.replace(known, **chosen)}) than "
+                f"the demonstrations' ({known})"
+            )
+    return warnings
 
 
 def _train_hints() -> dict[str, Any]:

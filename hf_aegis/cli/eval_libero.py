@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,8 @@ from hf_aegis.cli.command_parser import CommandParser
 
 
 if TYPE_CHECKING:
+    from hf_aegis.data.libero_pictures import PictureSettings
+    from hf_aegis.evaluation.rollouts.episode_file import EpisodeFile
     from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, EpisodeSpec
 
 
@@ -20,6 +24,9 @@ CHOSEN_BY_COMPARISON = ("model", "policy", "revision", "demonstrations", "output
 
 # How an evaluation is carried out, which its results do not depend on.
 _CARRYING_OUT = ("num_envs", "hang_seconds", "retry_crashed", "film_format")
+PICTURES = ("image_size", "supersampling", "rendering")
+"""Fields that say how pictures are rendered, as of [`~data.PictureSettings`]."""
+_ERRORS_SHOWN = 3
 
 
 @dataclass
@@ -41,8 +48,8 @@ class EvalLiberoArguments:
         seed (`int`, *optional*, defaults to `7`): Of fixtures' poses and the flow's noise; every episode has its own
             from it.
         num_envs (`int`, *optional*): Environments side by side; by default one per core.
-        image_size, supersampling, rendering: How pictures are rendered; have them as in the demonstrations that the
-            model was trained on.
+        image_size, supersampling, rendering (*optional*): How pictures are rendered; by default as those that the
+            model was trained on, as far as it says so (others are warned of), or else 128, 1 and `"fast"`.
         head (`str`, *optional*, defaults to `"flow"`): `"fast"` acts through the language model's action tokens.
         num_inference_steps (`int`, *optional*): Euler steps of the flow; by default the model's.
         device, dtype, attn_implementation: Of the model.
@@ -68,10 +75,10 @@ class EvalLiberoArguments:
     replan_steps: int = field(default=5, metadata={"help": "Actions of a chunk before the policy looks again."})
     seed: int = field(default=7, metadata={"help": "Of fixtures' poses and the flow's noise."})
     num_envs: int | None = field(default=None, metadata={"help": "Environments side by side; default: one per core."})
-    image_size: int = field(default=128, metadata={"help": "Side of the pictures, in pixels."})
-    supersampling: int = field(default=1, metadata={"help": "Render so many times larger, and average down."})
-    rendering: Literal["fast", "standard"] = field(
-        default="fast", metadata={"help": "fast: no shadows and reflections; standard: LIBERO's own picture."}
+    image_size: int | None = field(default=None, metadata={"help": "Side of the pictures; default: as in training."})
+    supersampling: int | None = field(default=None, metadata={"help": "Render so many times larger; default: same."})
+    rendering: Literal["fast", "standard"] | None = field(
+        default=None, metadata={"help": "fast: no shadows and reflections; standard: LIBERO's; default: same."}
     )
     head: Literal["flow", "fast"] = field(default="flow", metadata={"help": "What predicts the actions."})
     num_inference_steps: int | None = field(default=None, metadata={"help": "Euler steps; default: the model's."})
@@ -131,11 +138,14 @@ def run(arguments: argparse.Namespace) -> None:
     if output is not None and not output.parent.is_dir():
         raise FileNotFoundError(f"output {output}: the folder {output.parent} does not exist")
     specs = _filmed(_specs(asked), asked, output)
-    settings = _settings(asked)
-    world = LiberoWorld(asked.image_size, asked.supersampling, asked.rendering)
+    pictures = _pictures(asked)
+    settings = _settings(asked, pictures)
+    world = LiberoWorld(pictures.image_size, pictures.supersampling, pictures.rendering)
     episodes = output.with_name(f"{output.name}.episodes.jsonl") if output is not None else None
     with EpisodeFile(episodes, settings) if episodes is not None else nullcontext() as file:
         finished = file is not None and all(spec.key in file.results for spec in specs)
+        if file is not None and (missing := _never_filmed(specs, file)):
+            _warn(f"{missing} episodes to be filmed were finished before without, and are not repeated")
         policy = (
             _load_policy(asked) if asked.model is not None and not (finished and not asked.retry_crashed) else None
         )
@@ -172,7 +182,7 @@ def _asked(asked: EvalLiberoArguments) -> dict[str, Any]:
 def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) -> dict[str, Any]:
     """
     What is written to the output: the settings, and the scores in total, by suite and by task; and where the time of
-    the episodes went, in seconds of the process that ran each.
+    the episodes went, in seconds of the process that ran each, and how often which error came.
     """
     from hf_aegis.evaluation.rollouts.scores import RolloutScore, scores_by
 
@@ -180,12 +190,14 @@ def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) ->
     for result in results:
         for name, value in result.seconds.items():
             seconds[name] = round(seconds.get(name, 0.0) + value, 3)
+    errors = Counter(result.error for result in results if result.error is not None)
     return {
         **settings,
         "counted": "success_rate is successes / episodes; crashed episodes are not among these episodes",
         **RolloutScore.of(results).to_dict(),
         "by_suite": {name: score.to_dict() for name, score in scores_by(results, "suite").items()},
         "by_task": {name: score.to_dict() for name, score in scores_by(results, "suite", "task").items()},
+        "errors": dict(errors.most_common()),
         "seconds": seconds,
     }
 
@@ -193,7 +205,8 @@ def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) ->
 def format_table(scores: dict[str, Any]) -> str:
     """
     One line per task, one per suite and one for all: episodes that ended, success in per cent of them with its 95 %
-    interval, mean steps of the successful ones, and the crashed ones; below, where the time went.
+    interval, mean steps of the successful ones, and the crashed ones; below, the most frequent errors, and where the
+    time went.
     """
     rows = {**scores["by_task"], **scores["by_suite"]}
     if len(scores["by_suite"]) > 1:
@@ -212,6 +225,9 @@ def format_table(scores: dict[str, Any]) -> str:
         lines.append("Success is over the episodes that ended; those that crashed are beside them, and say nothing.")
     if scores["faults"]:
         lines.append(f"{scores['faults']} episodes failed because the policy's answer could not be executed.")
+    lines += [f"{count} x {error}" for error, count in list(scores["errors"].items())[:_ERRORS_SHOWN]]
+    if (more := len(scores["errors"]) - _ERRORS_SHOWN) > 0:
+        lines.append(f"and {more} other errors, each beside its episode.")
     if total := sum(scores["seconds"].values()):
         shares = ", ".join(f"{name} {value / total:.0%}" for name, value in scores["seconds"].items())
         lines.append(f"Time of the episodes: {shares}.")
@@ -243,24 +259,50 @@ def _filmed(specs: "list[EpisodeSpec]", asked: EvalLiberoArguments, output: Path
     ]
 
 
-def _settings(asked: EvalLiberoArguments) -> dict[str, Any]:
+def _never_filmed(specs: "list[EpisodeSpec]", file: "EpisodeFile") -> int:
+    """Finished episodes of which a film is asked for and there is none; those that crashed left none."""
+    ended = [spec for spec in specs if spec.key in file.results and file.results[spec.key].success is not None]
+    return sum(spec.film is not None and not Path(spec.film).exists() for spec in ended)
+
+
+def _pictures(asked: EvalLiberoArguments) -> "PictureSettings":
+    """How pictures are rendered. What is chosen without the model's knowing is said on standard error."""
+    from hf_aegis.data.libero_pictures import PictureSettings
+
+    chosen = {name: value for name in PICTURES if (value := getattr(asked, name)) is not None}
+    otherwise = PictureSettings(image_size=128, supersampling=1, rendering="fast")
+    if asked.model is None:
+        return dataclasses.replace(otherwise, **chosen)
+    from hf_aegis.evaluation.rollouts.model_policy import trained_pictures
+
+    known = trained_pictures(asked.model, asked.revision)
+    pictures = dataclasses.replace(known or otherwise, **chosen)
+    if known is not None and pictures != known:
+        _warn(f"{asked.model} was trained on other pictures ({known}) than it will see ({pictures})")
+    elif known is None and chosen.keys() != set(PICTURES):
+        _warn(f"{asked.model} does not say how the pictures it was trained on were rendered; it will see {pictures}")
+    return pictures
+
+
+def _warn(text: str) -> None:
+    print(f"hf-aegis eval-libero: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _settings(asked: EvalLiberoArguments, pictures: "PictureSettings") -> dict[str, Any]:
     """What results depend on, but for which episodes there are: more may be added to the same file."""
     from hf_aegis.cli.device import resolve_device
     from hf_aegis.data.libero_files import resolve_files
     from hf_aegis.evaluation.rollouts.libero import hash_files, simulator_versions
     from hf_aegis.evaluation.rollouts.protocols import PROTOCOLS
-    from hf_aegis.evaluation.weight_files import hash_weights
-    from hf_aegis.hub import hub_commit
+    from hf_aegis.evaluation.weight_files import policy_fingerprint
 
     settings: dict[str, Any] = {"policy": asked.policy or "model"}
     if asked.model is not None:
-        weights = hash_weights(Path(asked.model), "adapter")
-        settings["fingerprint"] = weights or f"{asked.model}@{hub_commit('model', asked.model, asked.revision)}"
+        settings["fingerprint"] = policy_fingerprint(asked.model, asked.revision)
         for name in ("head", "num_inference_steps", "dtype", "attn_implementation"):
             settings[name] = getattr(asked, name)
         settings["device"] = resolve_device(asked.device)
-        for name in ("image_size", "supersampling", "rendering"):
-            settings[name] = getattr(asked, name)
+        settings |= pictures.to_dict()
     elif asked.policy == "replay":
         settings["fingerprint"] = hash_files(resolve_files(_demonstrations(asked)))
     else:

@@ -39,6 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max_batch_size", type=int, default=8, help="waiting questions that are answered together (default: 8)"
     )
     parser.add_argument(
+        "--max_seconds",
+        type=float,
+        default=300.0,
+        help="after so long a call of the model is taken for stuck: its clients are told (default: 300)",
+    )
+    parser.add_argument(
         "--max_message_mb", type=int, default=16, help="longest message from a client, in MiB (default: 16)"
     )
     parser.add_argument(
@@ -58,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     import asyncio
 
     from hf_aegis.evaluation.rollouts import ModelPolicy
+    from hf_aegis.evaluation.weight_files import policy_fingerprint
     from hf_aegis.serving import ObservationReader, PolicyServer
 
     policy = ModelPolicy.from_pretrained(
@@ -71,6 +78,15 @@ def run(arguments: argparse.Namespace) -> None:
     )
     reader = ObservationReader(arguments.client, policy.cameras, policy.state_features)
 
+    pictures = policy.processor.pictures
+    metadata = {
+        "model": policy_fingerprint(arguments.model, arguments.revision),
+        "head": arguments.head,
+        "action_horizon": policy.chunk_size,
+        # A simulator had better render like this.
+        "pictures": None if pictures is None else pictures.to_dict(),
+    }
+
     async def serve() -> None:
         server = PolicyServer(
             policy,
@@ -79,14 +95,16 @@ def run(arguments: argparse.Namespace) -> None:
             port=arguments.port,
             seed=arguments.seed,
             max_batch_size=arguments.max_batch_size,
+            max_seconds=arguments.max_seconds,
             max_message_bytes=arguments.max_message_mb * MIB,
-            metadata={"head": arguments.head, "action_horizon": policy.chunk_size},
+            metadata=metadata,
         )
         await server.run(signals=True)
 
     with _logging_to_stderr() as log:
         for key, value in reader.expected.items():
             log.info("clients send %s: %s", key, value)
+        log.info("the model was trained on pictures of %s", pictures or "unknown rendering")
         asyncio.run(serve())
 
 

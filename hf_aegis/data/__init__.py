@@ -13,6 +13,7 @@ _EXPORTS = {
     "LiberoConvention": "hf_aegis.data.libero_format",
     "LiberoDataset": "hf_aegis.data.libero_dataset",
     "LiberoFormatError": "hf_aegis.data.libero_format",
+    "PictureSettings": "hf_aegis.data.libero_pictures",
     "RecordingConfig": "hf_aegis.data.libero_recorder",
     "VQACollator": "hf_aegis.data.vqa",
     "VQASample": "hf_aegis.data.vqa_samples",

@@ -28,6 +28,7 @@ from hf_aegis.data.libero_format import (
 )
 from hf_aegis.data.libero_frames import frames_key, read_frame, read_rows
 from hf_aegis.data.libero_hdf5 import Demonstration, RecordedTask, read_demonstration, read_task
+from hf_aegis.data.libero_pictures import PictureSettings, common_pictures, read_pictures
 from hf_aegis.data.statistics import load_statistics
 from hf_aegis.functional.normalization import DatasetStatistics, FeatureStatistics, normalize
 
@@ -87,6 +88,9 @@ class LiberoDataset(Dataset):
             instructions and conventions, in order. It covers neither pixels nor file names: the same demonstrations in
             one combined file or in several give the same fingerprint.
         instructions (`list[str]`): distinct instructions, in order of appearance.
+        state_features (`tuple[str, ...]`): the proprioception that makes up the state, in order.
+        pictures (`PictureSettings`, *optional*): how the items' images were rendered; `None` where files do not say
+            or differ, or images are resized here.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -129,6 +133,7 @@ class LiberoDataset(Dataset):
 
         self.chunk_size = chunk_size
         self.cameras = tuple(cameras)
+        self.state_features = tuple(STATE_FEATURES)
         self.image_size = image_size
         self.normalize = normalize
         self._handles: dict[str, h5py.File] = {}
@@ -141,6 +146,7 @@ class LiberoDataset(Dataset):
         self._stamps = {file: _stamp(file) for file in files}
         try:
             samples, self.fingerprint = self._scan(tasks, split, held_out_per_task)
+            self.pictures = self._pictures(tasks)
         finally:
             self._close()
         if short_demonstrations == "error":
@@ -166,7 +172,7 @@ class LiberoDataset(Dataset):
         with naming_damage(episode.file):
             group = file[episode.path]
             actions = self._actions(group, step, episode)
-            state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in STATE_FEATURES])
+            state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in self.state_features])
             images = [self._image(group, camera, step, episode.convention) for camera in self.cameras]
         if self.normalize:
             state = normalize(state, self.statistics.state)
@@ -213,6 +219,11 @@ class LiberoDataset(Dataset):
                         _update(digest, task, demonstration)
                     progress.update()
         return {"state": np.concatenate(states), "actions": np.concatenate(actions)}, digest.hexdigest()
+
+    def _pictures(self, tasks: list[RecordedTask]) -> PictureSettings | None:
+        pictures = common_pictures({read_pictures(self._open(task.file), task) for task in tasks})
+        resized = pictures is not None and self.image_size not in (None, pictures.image_size)
+        return None if resized else pictures
 
     def _actions(self, group: h5py.Group, step: int, episode: _Episode) -> np.ndarray:
         """The chunk that begins with item `step` of an episode, its last action repeated past the end."""

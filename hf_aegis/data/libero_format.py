@@ -28,6 +28,8 @@ STATE_DIMENSION = sum(STATE_FEATURES.values())
 ACTION_DIMENSION = 7
 
 CONVENTION_ATTRIBUTE = "hf_aegis_convention"
+RECORDING_ATTRIBUTE = "hf_aegis_recording"
+"""What hf-aegis' recorder was asked for, the pictures' rendering included, how often it tried, and with what."""
 FORMAT_VERSION = 1
 JPEG_SUFFIX = "_jpeg"
 """Appended to a camera's name where its frames are stored as JPEG streams."""

@@ -15,6 +15,7 @@ from hf_aegis.data.libero_combine import combine
 from hf_aegis.data.libero_files import open_libero_file
 from hf_aegis.data.libero_format import (
     CAMERAS,
+    RECORDING_ATTRIBUTE,
     LiberoConvention,
     LiberoFormatError,
     parse_json_object,
@@ -205,7 +206,7 @@ def _record_task(task: LiberoTask, config: RecordingConfig) -> RecordingSummary:
                 progress.update()
             progress.set_postfix(success=f"{len(demonstrations) / attempts:.0%}")
         attributes = simulator.attributes() | {
-            "hf_aegis_recording": {"settings": settings, "attempts": attempts, "versions": _versions()}
+            RECORDING_ATTRIBUTE: {"settings": settings, "attempts": attempts, "versions": _versions()}
         }
     write_task(path, demonstrations, attributes, convention)
     for part in parts.iterdir():
@@ -326,7 +327,7 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
         if recording["settings"] != settings:
             raise LiberoFormatError.at(
                 path,
-                "/data@hf_aegis_recording",
+                f"/data@{RECORDING_ATTRIBUTE}",
                 f"recorded with {recording['settings']}, now asked for {settings}: choose another output_dir",
             )
         count = int(file["data"].attrs["num_demos"])
@@ -342,7 +343,7 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
             if earlier.get(package) != installed:
                 raise LiberoFormatError.at(
                     path,
-                    "/data@hf_aegis_recording",
+                    f"/data@{RECORDING_ATTRIBUTE}",
                     f"recorded with {package} {earlier.get(package, '(unknown version)')}, installed is {installed}, "
                     "which may move differently: install that version, or choose another output_dir",
                 )
@@ -350,12 +351,12 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
 
 
 def _recording(file: h5py.File, path: Path) -> dict[str, Any]:
-    if "data" not in file or "hf_aegis_recording" not in file["data"].attrs:
+    if "data" not in file or RECORDING_ATTRIBUTE not in file["data"].attrs:
         raise LiberoFormatError.at(
-            path, "/data@hf_aegis_recording", "missing: this file was not recorded here, choose another output_dir"
+            path, f"/data@{RECORDING_ATTRIBUTE}", "missing: this file was not recorded here, choose another output_dir"
         )
     read_convention(file["data"].attrs)
-    return parse_json_object(text_attribute(file["data"].attrs, "hf_aegis_recording"))
+    return parse_json_object(text_attribute(file["data"].attrs, RECORDING_ATTRIBUTE))
 
 
 def _summary(task: LiberoTask, path: Path) -> RecordingSummary:

@@ -1,7 +1,16 @@
-"""Which weights a folder holds."""
+"""Which weights a model has."""
 
 import hashlib
 from pathlib import Path
+
+
+def policy_fingerprint(source: str, revision: str | None = None) -> str:
+    """
+    What tells policies apart: the hash of a folder's weights, unmerged adapters included, or id and commit on the Hub.
+    """
+    from hf_aegis.hub import hub_commit
+
+    return hash_weights(Path(source), "adapter") or f"{source}@{hub_commit('model', source, revision)}"
 
 
 def hash_weights(folder: Path, *beside: str) -> str | None:

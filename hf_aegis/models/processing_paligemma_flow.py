@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PaliGemmaProcessor
 
 from hf_aegis.data.fast_tokenizer import FASTTokenizer
+from hf_aegis.data.libero_pictures import PictureSettings
 from hf_aegis.functional.normalization import (
     DatasetStatistics,
     FeatureStatistics,
@@ -46,9 +47,14 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         action_tokenizer (`FASTTokenizer`, *optional*):
             Writes normalised actions as tokens, which the language model can learn. It is told the vocabulary of
             `tokenizer`, and prompts that hold one of its ids are refused. Saved in the folder `action_tokenizer`.
+        state_features (`Sequence[str]`, *optional*):
+            Names of the proprioception that makes up the state, in order. For whoever acts with the policy.
+        pictures (`PictureSettings` or its `to_dict()`, *optional*):
+            How the images of the training data were rendered. For whoever lets the policy act in a simulator.
 
     Raises:
-        ValueError: the ids of the action tokens do not fit into the vocabulary, or the statistics are malformed.
+        ValueError: the ids of the action tokens do not fit into the vocabulary, or the statistics or pictures are
+            malformed.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         statistics: DatasetStatistics | Mapping[str, Any] | None = None,
         cameras: Sequence[str] | None = None,
         action_tokenizer: FASTTokenizer | None = None,
+        state_features: Sequence[str] | None = None,
+        pictures: PictureSettings | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -69,6 +77,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         if action_tokenizer is not None:
             bind_to_vlm(action_tokenizer, self.tokenizer)
         self.action_tokenizer = action_tokenizer
+        self.state_features = None if state_features is None else list(state_features)
+        self.pictures = PictureSettings.from_dict(pictures) if isinstance(pictures, Mapping) else pictures
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -102,6 +112,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         cameras: Sequence[str] | None = None,
         action_tokenizer: FASTTokenizer | None = None,
         *,
+        state_features: Sequence[str] | None = None,
+        pictures: PictureSettings | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Self:
@@ -110,7 +122,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
 
         Args:
             processor (`PaliGemmaProcessor`, `str` or `os.PathLike`): the processor, or where to load it from.
-            statistics, cameras, action_tokenizer: as of the class.
+            statistics, cameras, action_tokenizer, state_features, pictures: as of the class.
             revision (`str`, *optional*): branch, tag or commit of a processor on the Hub.
             token (`str` or `bool`, *optional*): token for the Hub; that of the environment or login by default.
 
@@ -129,6 +141,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
             statistics=statistics,
             cameras=cameras,
             action_tokenizer=action_tokenizer,
+            state_features=state_features,
+            pictures=pictures,
         )
 
     def __call__(
@@ -266,6 +280,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         """The processor as JSON-ready values, the statistics included."""
         output = super().to_dict()
         output["statistics"] = None if self.statistics is None else self.statistics.to_dict()
+        output["pictures"] = None if self.pictures is None else self.pictures.to_dict()
         output["action_tokenizer"] = None if self.action_tokenizer is None else ACTION_TOKENIZER_FOLDER
         return output
 

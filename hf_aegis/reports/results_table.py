@@ -30,7 +30,7 @@ RESULT_FILES = ("results.json", "results.csv", "results.md")
 
 ROLLOUTS_NOTE = (
     "LIBERO success with its 95 % interval (Wilson) over the episodes of all seeds together, as if they were "
-    "independent; episodes that crashed say nothing of the policy and are counted beside."
+    "independent; episodes that crashed say nothing of the policy and are counted beside, those of all seeds together."
 )
 
 _ABOUT_THE_RUN = ("fingerprints", "versions")
@@ -48,6 +48,7 @@ class Column:
         format (`str`): Format of a number.
         scale (`float`, *optional*, defaults to `1`): What the measure is multiplied by.
         spread (`bool`, *optional*, defaults to `True`): Show the standard deviation as well.
+        total (`bool`, *optional*, defaults to `False`): Show the sum over the runs in place of their mean.
     """
 
     key: str
@@ -55,15 +56,17 @@ class Column:
     format: str
     scale: float = 1
     spread: bool = True
+    total: bool = False
 
     def cell(self, measure: Mapping[str, Any] | None, runs: int) -> str:
         """
-        A mean with its interval, where there is one, or its standard deviation, where there are several values; says
-        where some runs have none.
+        A mean or sum, with its interval, where there is one, or its standard deviation, where there are several
+        values; says where some runs have none.
         """
         if not measure or not measure["n"]:
             return _MISSING
-        text = format(self.scale * measure["mean"], self.format)
+        value = measure["mean"] * (measure["n"] if self.total else 1)
+        text = format(self.scale * value, self.format)
         if (interval := measure.get("interval")) is not None:
             text += f" [{', '.join(format(self.scale * bound, self.format) for bound in interval)}]"
         elif self.spread and measure["std"] is not None:
@@ -82,7 +85,7 @@ COLUMNS = (
     Column("fast_decode_failures", "FAST chunks not decodable", ".0f"),
     Column("weight_share", "share of the update left (%)", ".0f", 100),
     Column("libero_success", "LIBERO success (%)", ".1f", 100),
-    Column("libero_crashed", "LIBERO episodes crashed", ".0f", spread=False),
+    Column("libero_crashed", "LIBERO episodes crashed", ".0f", spread=False, total=True),
     Column("step_ms", "step (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),

@@ -19,23 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from hf_aegis.evaluation.rollouts.policy import Observation
+from hf_aegis.evaluation.rollouts.policy import FEATURE_WIDTHS, Observation
 from hf_aegis.serving.messages import MessageError
 
 
 PROMPT_KEY = "prompt"
 MAX_PROMPT_LENGTH = 1000
 """Characters of an instruction; the longest of LIBERO's has about a hundred."""
-
-FEATURE_WIDTHS = {
-    "joint_states": 7,
-    "gripper_states": 2,
-    "ee_pos": 3,
-    "ee_ori": 3,
-    "ee_states": 6,
-    "robot_states": 9,
-}
-"""Proprioception by LIBERO's names, as of [`~simulation.LiberoEnvironment.proprioception`]."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ A policy behind a websocket, for the clients of openpi's policy servers.
 
 On connection the server sends a message about itself. Then each binary message is an observation, and its answer holds
 `actions` and `server_timing`. An answer in text is an error, which openpi's client raises; the connection stays open.
-`GET /healthz` answers 200 as soon as the policy can be asked.
+`GET /healthz` answers 200 as soon as the policy can be asked, and 503 while it is stuck in a call.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import itertools
 import logging
 import signal
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class PolicyServer:
         port (`int`, *optional*, defaults to `8000`): 0 for any that is free.
         seed (`int`, *optional*, defaults to `0`): Of what the policy draws.
         max_batch_size (`int`, *optional*, defaults to `8`): Waiting questions that the policy is given at once.
+        max_seconds (`float`, *optional*, defaults to `300`): After so long a call of the policy is taken for stuck,
+            and clients are told.
         max_message_bytes (`int`, *optional*, defaults to 16 MiB): A longer message closes its connection.
         metadata (`dict`, *optional*): More for the first message.
 
@@ -74,6 +77,7 @@ class PolicyServer:
         port: int = 8000,
         seed: int = 0,
         max_batch_size: int = 8,
+        max_seconds: float = 300.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         metadata: dict[str, Any] | None = None,
     ):
@@ -90,10 +94,10 @@ class PolicyServer:
             "server": f"hf-aegis {__version__}",
             "client": reader.client,
             "expects": dict(reader.expected),
-            "actions": "(h, 7): translation, rotation, gripper (-1 opens, +1 closes), in [-1, 1]",
+            "actions": "(h, 7): translation, rotation, gripper (-1 opens, +1 closes), to be clipped to [-1, 1]",
             **(metadata or {}),
         }
-        self._queue = InferenceQueue(policy, max_batch_size)
+        self._queue = InferenceQueue(policy, max_batch_size, max_seconds)
         self._client_numbers = itertools.count()
         self._stopping = asyncio.Event()
 
@@ -129,7 +133,7 @@ class PolicyServer:
                 self._serve_client,
                 self.host,
                 self.port,
-                process_request=_answer_health,
+                process_request=self._answer_health,
                 # Web pages cannot reach a policy through the browser of whoever runs it: what they send has an origin.
                 origins=[None],
                 compression=None,
@@ -164,6 +168,13 @@ class PolicyServer:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
 
+    def _answer_health(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path != HEALTH_PATH:
+            return None
+        if self._queue.stuck:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the policy does not come back\n")
+        return connection.respond(http.HTTPStatus.OK, "OK\n")
+
     async def _serve_client(self, connection: ServerConnection) -> None:
         client = next(self._client_numbers)
         logger.info("client %d connected", client)
@@ -187,6 +198,11 @@ class PolicyServer:
                 total = time.perf_counter() - began
         except ConnectionClosed as closed:
             logger.info("client %d is gone: %s", client, "no closing" if closed.rcvd is None else closed.rcvd.code)
+        except Exception as error:
+            # The connection closes with 1011. An error's text may hold what a client sent, which is not for the log.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("client %d cannot be served any longer: %s, at\n%s", client, type(error).__name__, where)
+            raise
         finally:
             logger.info("client %d: %d answers, %d errors", client, answered, failed)
 
@@ -215,9 +231,3 @@ def _timing(answer: Answer, previous_total: float | None) -> dict[str, Any]:
     if previous_total is not None:
         timing["prev_total_ms"] = 1000.0 * previous_total
     return timing
-
-
-def _answer_health(connection: ServerConnection, request: Request) -> Response | None:
-    if request.path == HEALTH_PATH:
-        return connection.respond(http.HTTPStatus.OK, "OK\n")
-    return None

@@ -37,5 +37,7 @@ def action_collator(model: nn.Module, processor: Any, dataset: Any) -> tuple[Any
             str(base.name_or_path),
             statistics=getattr(dataset, "statistics", None),
             cameras=getattr(dataset, "cameras", None),
+            state_features=getattr(dataset, "state_features", None),
+            pictures=getattr(dataset, "pictures", None),
         )
     return processor, PaliGemmaFlowCollator(processor)

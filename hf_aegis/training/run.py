@@ -119,6 +119,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         statistics=train.statistics,
         cameras=train.cameras,
         action_tokenizer=fit_action_tokenizer(run, train),
+        state_features=train.state_features,
+        pictures=train.pictures,
     )
     anchored = args.needs_anchor or run.certificate_samples > 0
     anchor = ActivationAnchor.from_pretrained(run.anchor) if run.anchor and anchored else None

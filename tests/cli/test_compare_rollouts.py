@@ -3,15 +3,20 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_aegis.cli import build_parser, compare
+from hf_aegis.cli.compare import CompareArguments
+from hf_aegis.cli.conditions import check_rollouts, resolve_conditions
+from hf_aegis.cli.recipe import option_types, read_recipe
 from hf_aegis.evaluation.rollouts import libero
 from hf_aegis.functional.wilson import wilson_interval
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 output_dir: {folder}
 seeds: [0, 1]
@@ -75,7 +80,8 @@ def test_the_table_has_success_with_its_interval_over_all_seeds(run, commands, t
     low, high = wilson_interval(6, 8)
     assert measure == {"mean": 0.75, "std": 0.0, "n": 2, "interval": [low, high]}
     text = (tmp_path / "out" / "results.md").read_text()
-    assert f"| 75.0 [{100 * low:.1f}, {100 * high:.1f}] | 1 |" in text
+    assert f"| 75.0 [{100 * low:.1f}, {100 * high:.1f}] | 2 |" in text
+
     assert "counted beside" in text
 
 
@@ -123,9 +129,46 @@ def test_a_model_that_was_not_trained_does_not_act_and_failures_are_kept(run, co
         ("episodes: 4", "episodes: many", "libero: key 'episodes' is 'many', expected int"),
         ("suite: [libero_object], ", "", "libero: suite is missing"),
         ("libero_object", "libero_subject", "libero: Unknown LIBERO suite"),
+        ("image_size: 64", "replan_steps: 51", "replan_steps is 51, but a chunk of condition 'naive' has 50 actions"),
+        ("image_size: 64", "head: fast", "head is 'fast', but condition 'naive' trains none"),
     ],
 )
 def test_a_wrong_section_is_refused_before_anything_is_trained(run, commands, old, new, message):
     with pytest.raises(ValueError, match=message):
         run(text=RECIPE.replace(old, new))
     assert commands.calls == []
+
+
+def test_crashed_episodes_are_tried_again_if_asked(run, commands):
+    run()
+    commands.calls.clear()
+    again = RECIPE.replace("episodes: 4", "episodes: 4, retry_crashed: true")
+    run(text=again)
+    assert commands.commands == ["eval-libero"] * 4
+    commands.calls.clear()
+    commands.crashed = 0
+    run(text=again)
+    assert commands.commands == ["eval-libero"] * 4
+    commands.calls.clear()
+    run(text=again)
+    assert commands.calls == []
+
+
+def test_other_pictures_than_the_demonstrations_are_warned_of(run, capsys):
+    # Those that ship are rendered at 64 pixels, three times larger, without shadows.
+    run()
+    assert "warning" not in capsys.readouterr().err
+    run(text=RECIPE.replace("image_size: 64", "rendering: standard, image_size: 64"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "naive, small will see other pictures (image_size 64, supersampling 3, rendering standard)" in line
+    assert "than the demonstrations' (image_size 64, supersampling 3, rendering fast)" in line
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES.glob("*.yaml") if "\nlibero:" in path.read_text()], ids=lambda path: path.stem
+)
+def test_recipes_let_act_what_they_train(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
+    recipe = read_recipe(path, option_types([CompareArguments]))
+    conditions = resolve_conditions(recipe["conditions"], recipe["shared"], {}, recipe.get("anchors", {}), path)
+    assert check_rollouts(recipe["libero"], conditions, path) == []

@@ -1,15 +1,19 @@
 """`hf-aegis eval-libero`: its options, its table, and once the real simulator."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from hf_aegis.assets import DEMONSTRATIONS
+from hf_aegis.assets import DEMO_CHECKPOINTS, DEMONSTRATIONS
 from hf_aegis.cli import build_parser, eval_libero, main
 from hf_aegis.cli.eval_libero import EvalLiberoArguments, format_table, score_table
-from hf_aegis.evaluation.rollouts.episodes import EpisodeResult
+from hf_aegis.data import PictureSettings
+from hf_aegis.data.libero_pictures import pictures_of
+from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, EpisodeSpec
 from hf_aegis.evaluation.rollouts.libero import plan_replays
+from hf_aegis.evaluation.rollouts.model_policy import trained_pictures
 from hf_aegis.evaluation.rollouts.protocols import PROTOCOLS, RolloutProtocol
 
 
@@ -45,8 +49,68 @@ def test_the_table_tells_crashes_from_failures():
     table = format_table(scores).splitlines()
     assert table[1].split() == ["libero_goal/a", "2", "50.0", "%", "9.5", "–", "90.5", "12", "0"]
     assert table[2].split() == ["libero_goal/b", "0", "–", "–", "–", "1"]
-    assert "Success is over the episodes that ended" in table[-2]
+    assert "Success is over the episodes that ended" in table[-3]
+    assert scores["errors"] == {"died": 1} and table[-2] == "1 x died"
     assert table[-1] == "Time of the episodes: physics 75%, rendering 25%."
+
+
+def test_the_most_frequent_errors_are_shown():
+    errors = ["a", "b", "b", "c", "d", "e"]
+    table = format_table(score_table([result("t", n, None, e) for n, e in enumerate(errors)], {})).splitlines()
+    assert table[-5:-1] == ["2 x b", "1 x a", "1 x c", "and 2 other errors, each beside its episode."]
+
+
+def test_the_shipped_policies_know_their_pictures():
+    for folder in DEMO_CHECKPOINTS.values():
+        assert trained_pictures(folder) == SEEN == pictures_of(DEMONSTRATIONS)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The processor of a model whose training data were rendered as said."""
+    from hf_aegis.assets import EMBEDDED_VLM
+    from hf_aegis.models import PaliGemmaFlowProcessor
+
+    def save(pictures):
+        PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, pictures=pictures).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+SEEN = PictureSettings(64, 3, "fast")
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen", "expected", "warning"),
+    [
+        (SEEN, {}, SEEN, None),
+        (SEEN, {"image_size": 64, "supersampling": 3}, SEEN, None),
+        (
+            SEEN,
+            {"rendering": "standard"},
+            PictureSettings(64, 3, "standard"),
+            "was trained on other pictures (image_si",
+        ),
+        (None, {}, PictureSettings(128, 1, "fast"), "does not say how the pictures it was trained on were rendered"),
+        (None, {"image_size": 64}, PictureSettings(64, 1, "fast"), "it will see image_size 64, supersampling 1, rend"),
+        (None, SEEN.to_dict(), SEEN, None),
+    ],
+)
+def test_pictures_are_those_of_the_training(saved, capsys, known, chosen, expected, warning):
+    asked = EvalLiberoArguments(model=saved(known), suite=["libero_goal"], **chosen)
+    assert eval_libero._pictures(asked) == expected
+    told = capsys.readouterr().err
+    assert (told == "") if warning is None else (warning in told)
+
+
+def test_films_that_were_not_made_are_told(tmp_path):
+    def spec(start):
+        return EpisodeSpec("s", "a", "a", start, 0, 9, 1, film=str(tmp_path / f"{start}.webp"))
+
+    ended = {("s", "a", start): result("a", start, success) for start, success in enumerate((True, False, None))}
+    (tmp_path / "0.webp").touch()
+    assert eval_libero._never_filmed([spec(start) for start in range(4)], SimpleNamespace(results=ended)) == 1
 
 
 def run(*options):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PaliGemmaProcessor
 
+from hf_aegis.data import PictureSettings
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowProcessor
 
 
@@ -93,7 +94,11 @@ def test_suffix_adds_labels_behind_the_prompt(processor, images):
 
 @pytest.mark.parametrize("cameras", [None, ["agentview_rgb", "eye_in_hand_rgb"]])
 def test_save_and_load_round_trip(vlm_processor, statistics, images, tmp_path, cameras):
-    processor = PaliGemmaFlowProcessor.from_vlm_processor(vlm_processor, statistics, cameras)
+    features = None if cameras is None else ["ee_pos", "gripper_states"]
+    pictures = None if cameras is None else PictureSettings(64, 3, "fast")
+    processor = PaliGemmaFlowProcessor.from_vlm_processor(
+        vlm_processor, statistics, cameras, state_features=features, pictures=pictures
+    )
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["processor_class"] == "PaliGemmaFlowProcessor"
@@ -101,7 +106,7 @@ def test_save_and_load_round_trip(vlm_processor, statistics, images, tmp_path, c
     for loaded in (PaliGemmaFlowProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is PaliGemmaFlowProcessor
         assert loaded.statistics == statistics
-        assert loaded.cameras == cameras
+        assert (loaded.cameras, loaded.state_features, loaded.pictures) == (cameras, features, pictures)
         found = loaded(images, TEXT, **_raw())
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 

@@ -133,6 +133,16 @@ def test_a_file_holds_episodes_of_the_same_settings(launcher, tmp_path):
         launcher.begin(output, settings | {"seed": 8})
 
 
+def test_a_file_holds_episodes_of_one_model(client, tmp_path):
+    output = tmp_path / "episodes.jsonl"
+    assert client.same_model([], {"model": "a"}, output) == "a"
+    assert client.same_model([{"variant": "x", "model": "a"}], {"model": "a"}, output) == "a"
+    # Other servers say nothing of theirs.
+    assert client.same_model([{"variant": "x"}], {}, output) is None
+    with pytest.raises(SystemExit, match="holds episodes of the model a, served is b: give another --output"):
+        client.same_model([{"variant": "x", "model": "a"}], {"model": "b"}, output)
+
+
 def test_errors_are_counted_apart(launcher, tmp_path):
     episodes = [
         {"variant": "a", "kind": "camera", "success": True},

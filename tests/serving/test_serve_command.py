@@ -20,6 +20,7 @@ openpi = pytest.importorskip("openpi_client.websocket_client_policy")
 from hf_aegis.assets import DEMONSTRATIONS, EMBEDDED_VLM  # noqa: E402
 from hf_aegis.cli import main  # noqa: E402
 from hf_aegis.evaluation.rollouts import ModelPolicy, PolicyRequest  # noqa: E402
+from hf_aegis.evaluation.weight_files import hash_weights  # noqa: E402
 from hf_aegis.serving import ObservationReader  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def acting_model(tmp_path_factory):
     from hf_aegis import LiberoDataset, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
     folder = tmp_path_factory.mktemp("acting")
-    statistics = LiberoDataset(DEMONSTRATIONS, short_demonstrations="pad").statistics
+    dataset = LiberoDataset(DEMONSTRATIONS, short_demonstrations="pad")
     torch.manual_seed(0)
     model = PaliGemmaFlowForAction.from_vlm(
         EMBEDDED_VLM,
@@ -47,7 +48,9 @@ def acting_model(tmp_path_factory):
     )
     torch.nn.init.normal_(model.action_expert.action_out_proj.weight, std=0.05)
     model.save_pretrained(folder)
-    PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, statistics, CAMERAS).save_pretrained(folder)
+    PaliGemmaFlowProcessor.from_vlm_processor(
+        EMBEDDED_VLM, dataset.statistics, CAMERAS, pictures=dataset.pictures
+    ).save_pretrained(folder)
     return folder
 
 
@@ -72,7 +75,9 @@ def test_a_saved_model_is_served_until_interrupted(acting_model, libero_openpi, 
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
                 assert answer.status == 200
             client = openpi.WebsocketClientPolicy(host="127.0.0.1", port=port)
-            assert client.get_server_metadata()["action_horizon"] == 6
+            told = client.get_server_metadata()
+            assert (told["action_horizon"], told["model"]) == (6, hash_weights(acting_model))
+            assert told["pictures"] == {"image_size": 64, "supersampling": 3, "rendering": "fast"}
             answers = [client.infer(libero_openpi)["actions"] for _ in range(2)]
             with pytest.raises(RuntimeError, match="missing keys"):
                 client.infer({"prompt": "go"})

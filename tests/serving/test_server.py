@@ -16,7 +16,7 @@ openpi = pytest.importorskip("openpi_client.websocket_client_policy")
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
-from hf_aegis.serving import ObservationReader, PolicyServer  # noqa: E402
+from hf_aegis.serving import ObservationReader, PolicyServer, inference_queue  # noqa: E402
 from hf_aegis.serving.messages import pack, unpack  # noqa: E402
 
 
@@ -92,6 +92,7 @@ def test_health(running, policy):
         ({"observation/image": np.zeros((3, 8, 8), np.uint8)}, r"'observation/image' is uint8 of shape \(3, 8, 8\)"),
         ({"prompt": "refuse"}, "the policy cannot answer: the policy looks through one eye only"),
         ({"prompt": "fail"}, "the policy failed with RuntimeError; the server's log says where"),
+        ({"prompt": "objects"}, "the policy failed with TypeError"),
         ({"prompt": "nonsense"}, "the policy cannot answer: action 3 of the chunk is nan in column 0"),
     ],
     ids=str,
@@ -239,6 +240,70 @@ def test_pings_are_answered_while_the_policy_computes(running, policy, libero_op
         assert unpack(client.recv(timeout=10))["actions"].shape == (2, 7)
 
 
+def test_a_policy_that_is_stuck_keeps_nobody_waiting(running, policy, libero_openpi):
+    health = "http://127.0.0.1:{}/healthz"
+    stuck = "the policy has not come back from a call for 1 s or more"
+    with running(policy, max_seconds=1.0, max_batch_size=1) as server, ThreadPoolExecutor(2) as threads:
+        clients = [stock_client(server) for _ in range(3)]
+        first = threads.submit(clients[0].infer, {**libero_openpi, "prompt": "block"})
+        assert policy.blocked.wait(10)
+        second = threads.submit(clients[1].infer, libero_openpi)
+        for told in (first, second):
+            with pytest.raises(RuntimeError, match=stuck):
+                told.result(10)
+        with pytest.raises(RuntimeError, match=stuck):
+            clients[2].infer(libero_openpi)
+        with (
+            pytest.raises(urllib.error.HTTPError) as refused,
+            urllib.request.urlopen(health.format(server.port), timeout=10),
+        ):
+            pass
+        assert refused.value.code == 503
+        refused.value.close()
+        policy.release.set()
+        deadline = time.monotonic() + 10
+        while server._queue.stuck:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for client in clients:
+            assert client.infer(libero_openpi)["actions"].shape == (2, 7)
+            close(client)
+        with urllib.request.urlopen(health.format(server.port), timeout=10) as answer:
+            assert answer.status == 200
+    # Who was told is not asked for again.
+    assert [batch[0].instruction for batch in policy.batches] == ["block", *["pick up the red cup"] * 3]
+
+
+def test_a_policy_that_is_stuck_does_not_keep_the_server_from_ending(
+    running, policy, libero_openpi, caplog, monkeypatch
+):
+    monkeypatch.setattr(inference_queue, "LEAVE_SECONDS", 0.2)
+    with ThreadPoolExecutor(1) as threads:
+        with running(policy) as server:
+            client = stock_client(server)
+            asked = threads.submit(client.infer, {**libero_openpi, "prompt": "block"})
+            assert policy.blocked.wait(10)
+        # The server is gone, and its thread is not.
+        assert not policy.release.is_set()
+        with pytest.raises(ConnectionClosed):
+            asked.result(10)
+        policy.release.set()
+    assert "has not come back from its last call, and is left behind" in caplog.text
+
+
+def test_what_ends_a_connection_is_logged(running, policy, libero_openpi, caplog, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("red cup")
+
+    with running(policy) as server:
+        client = stock_client(server)
+        monkeypatch.setattr(server.reader, "read", broken)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.infer(libero_openpi)
+        assert closed.value.rcvd.code == 1011
+    assert "client 0 cannot be served any longer: KeyError, at" in caplog.text
+
+
 def test_stopping_takes_leave_of_clients(running, policy, libero_openpi):
     with running(policy) as server:
         client = stock_client(server)
@@ -295,6 +360,7 @@ def test_an_address_in_use(policy, running):
         ({"seed": -1}, "seed must be at least 0"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1"),
         ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
+        ({"max_seconds": 0.0}, "max_seconds must be positive"),
     ],
 )
 def test_numbers_out_of_range(policy, options, message):

@@ -134,6 +134,8 @@ def demonstrations(tmp_path_factory) -> str:
             data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
             data.attrs["bddl_file_name"] = f"bddl_files/libero_object/task_{task}.bddl"
             data.attrs["hf_aegis_convention"] = json.dumps(convention)
+            rendered = {"image_size": 64, "supersampling": 2, "rendering": "fast"}
+            data.attrs["hf_aegis_recording"] = json.dumps({"settings": rendered})
             lengths = (6, 7, 8)
             data.attrs["num_demos"] = len(lengths)
             data.attrs["total"] = sum(lengths)

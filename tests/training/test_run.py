@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import hf_aegis.training.resources as resources_module
 import hf_aegis.training.run as run_module
 from hf_aegis.cli.recipe import parse_recipe
+from hf_aegis.data import PictureSettings
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
@@ -76,6 +77,9 @@ def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, pr
     # The figures are those of what was saved.
     model = PaliGemmaFlowForAction.from_pretrained(out).eval()
     processor = PaliGemmaFlowProcessor.from_pretrained(out)
+    # Whoever lets it act has to know.
+    assert processor.pictures == PictureSettings(64, 2, "fast")
+    assert processor.state_features == ["joint_states", "gripper_states"]
     scores = VQAHoldout(load_easy_vqa("test", 5, seed=0), processor).evaluate(model)
     assert result["vqa_cross_entropy"] == pytest.approx(scores.cross_entropy, rel=1e-6)
     assert result["vqa_accuracy"] == scores.accuracy

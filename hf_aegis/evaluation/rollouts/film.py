@@ -19,7 +19,7 @@ STEPS_PER_FRAME = 4
 STEPS_PER_SECOND = 20
 
 _LINE_HEIGHT = 15
-OUTCOME_COLOURS = {"success": (0, 114, 78), "failure": (176, 42, 48), "crash": (90, 90, 90)}
+OUTCOME_COLOURS = {"success": (0, 114, 78), "failure": (176, 42, 48)}
 
 
 class Film:
@@ -105,19 +105,3 @@ def evenly_spaced(pictures: Sequence[Image.Image], count: int) -> list[Image.Ima
     """So many of the pictures, the first and the last among them; fewer where there are fewer."""
     indices = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
     return [pictures[index] for index in indices]
-
-
-def film_strip(pictures: Sequence[Image.Image], count: int = 6) -> Image.Image:
-    """
-    A film as one picture: moments evenly spaced over time, side by side.
-
-    Args:
-        pictures (`Sequence[Image]`): As of [`read_film`], of one size.
-        count (`int`, *optional*, defaults to `6`): How many of them.
-    """
-    chosen = evenly_spaced(pictures, count)
-    width, height = chosen[0].size
-    strip = Image.new("RGB", (len(chosen) * (width + 2) - 2, height), "white")
-    for index, picture in enumerate(chosen):
-        strip.paste(picture, (index * (width + 2), 0))
-    return strip

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from hf_aegis.data.libero_format import CAMERAS, STATE_FEATURES
+from hf_aegis.data.libero_pictures import PictureSettings
 from hf_aegis.evaluation.evaluating import evaluating
-from hf_aegis.evaluation.rollouts.policy import Observation, PolicyError, PolicyRequest, checked_chunk
+from hf_aegis.evaluation.rollouts.policy import FEATURE_WIDTHS, Observation, PolicyError, PolicyRequest, checked_chunk
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
 
@@ -27,7 +28,7 @@ class ModelPolicy:
     A [`PaliGemmaFlowForAction`] that acts.
 
     It is a [`BatchedPolicy`], and with `reset` and `act` also a [`Policy`] of one episode. Images and states go in as
-    [`~data.LiberoDataset`] gives them to the training: upright, and joints before fingers. The noise that the flow
+    [`~data.LiberoDataset`] gives them to the training: upright, and the state in its order. The noise that the flow
     starts from is a function of the episode's seed and step alone, whichever requests come along in the batch; what
     differs between batches is rounding.
 
@@ -35,11 +36,14 @@ class ModelPolicy:
         model (`PaliGemmaFlowForAction` or `PeftModel` of it): Runs on its own device and in its own dtype.
         processor (`PaliGemmaFlowProcessor`): With the statistics of the training data.
         head (`"flow"` or `"fast"`, *optional*, defaults to `"flow"`): What predicts the actions.
-        state_features (`Sequence[str]`, *optional*): The proprioception that makes up the state, in order.
+        state_features (`Sequence[str]`, *optional*): The proprioception that makes up the state, in order; by default
+            what the processor says, or else joints and fingers, as of [`~data.LiberoDataset`]. A model with
+            `use_state=False` has none.
         num_inference_steps (`int`, *optional*): Euler steps of the flow; by default the model's.
 
     Raises:
-        ValueError: If the processor has no statistics, or lacks what the head needs.
+        ValueError: If the processor has no statistics, or lacks what the head needs, or the state is not what the
+            model was trained on.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class ModelPolicy:
         model: Any,
         processor: PaliGemmaFlowProcessor,
         head: Literal["flow", "fast"] = "flow",
-        state_features: Sequence[str] = tuple(STATE_FEATURES),
+        state_features: Sequence[str] | None = None,
         num_inference_steps: int | None = None,
     ):
         if processor.statistics is None:
@@ -59,7 +63,7 @@ class ModelPolicy:
         self.model = model
         self.processor = processor
         self.head = head
-        self.state_features = tuple(state_features)
+        self.state_features = _state_features(model, processor, state_features)
         self.num_inference_steps = num_inference_steps
         self._instruction: str | None = None
         self._seed = 0
@@ -147,11 +151,13 @@ class ModelPolicy:
         """
         if not requests:
             return []
-        batch = self.processor(
-            images=[self._images(request.observation.images) for request in requests],
-            text=[request.instruction for request in requests],
-            state=np.stack([self._state(request.observation.proprioception) for request in requests]),
-        )
+        images = [self._images(request.observation.images) for request in requests]
+        text = [request.instruction for request in requests]
+        if self.state_features:
+            states = [self._state(request.observation.proprioception) for request in requests]
+            batch = self.processor(images=images, text=text, state=np.stack(states))
+        else:
+            batch = self.processor.prepare_action_inputs(images, text)
         options: dict[str, Any] = {"head": self.head}
         if self.head == "fast":
             options["action_tokenizer"] = self.processor.action_tokenizer
@@ -171,8 +177,7 @@ class ModelPolicy:
         if missing := [name for name in self.state_features if name not in proprioception]:
             raise ValueError(f"the policy's state is made of {list(self.state_features)}; missing are {missing}")
         state = np.concatenate([np.asarray(proprioception[name], dtype=np.float32) for name in self.state_features])
-        assert self.processor.statistics is not None  # checked at the door
-        if state.shape != (expected := (self.processor.statistics.state.dimension,)):
+        if state.shape != (expected := (sum(FEATURE_WIDTHS[name] for name in self.state_features),)):
             raise ValueError(
                 f"the policy's state {list(self.state_features)} has shape {expected}, found {state.shape}"
             )
@@ -194,6 +199,37 @@ class ModelPolicy:
             return checked_chunk(np.asarray(self.processor.postprocess_actions(finite)))
         except PolicyError as error:
             return error
+
+
+def trained_pictures(source: str | os.PathLike, revision: str | None = None) -> PictureSettings | None:
+    """
+    How the pictures were rendered that a saved model was trained on, without loading it; `None` where it does not say.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If what it says cannot be read.
+    """
+    pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
+    values, _ = PaliGemmaFlowProcessor.get_processor_dict(source, **pinned)
+    return None if (found := values.get("pictures")) is None else PictureSettings.from_dict(found)
+
+
+def _state_features(model: Any, processor: PaliGemmaFlowProcessor, asked: Sequence[str] | None) -> tuple[str, ...]:
+    known = processor.state_features
+    if not model.config.use_state:
+        if asked:
+            raise ValueError(f"the model takes no state (use_state=False), found state_features {list(asked)}")
+        return ()
+    if asked is not None and known is not None and list(asked) != known:
+        raise ValueError(f"the model's state was made of {known} in training, found state_features {list(asked)}")
+    features = tuple(asked or known or STATE_FEATURES)
+    if unknown := [name for name in features if name not in FEATURE_WIDTHS]:
+        raise ValueError(f"state_features: unknown {unknown}, expected some of {list(FEATURE_WIDTHS)}")
+    assert processor.statistics is not None  # checked at the door
+    width, expected = sum(FEATURE_WIDTHS[name] for name in features), processor.statistics.state.dimension
+    if width != expected:
+        raise ValueError(f"state_features {list(features)} make {width} values, the model's state has {expected}")
+    return features
 
 
 def _has_unmerged_adapter(folder: Path) -> bool:

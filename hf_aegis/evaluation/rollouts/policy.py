@@ -7,6 +7,17 @@ from typing import Protocol
 import numpy as np
 
 
+FEATURE_WIDTHS = {
+    "joint_states": 7,
+    "gripper_states": 2,
+    "ee_pos": 3,
+    "ee_ori": 3,
+    "ee_states": 6,
+    "robot_states": 9,
+}
+"""Proprioception by LIBERO's names, as of [`~simulation.LiberoEnvironment.proprioception`]."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """
@@ -66,8 +77,9 @@ class Policy(Protocol):
         The next actions, as the simulator takes them.
 
         Returns:
-            `np.ndarray` of shape `(H, 7)`: translation, rotation, gripper (-1 opens, +1 closes), in [-1, 1]; with
-            `H = 0` the policy has nothing more to do, which ends the episode.
+            `np.ndarray` of shape `(H, 7)`: translation, rotation, gripper (-1 opens, +1 closes), meant for [-1, 1],
+            to which LIBERO's controller clips them; with `H = 0` the policy has nothing more to do, which ends the
+            episode.
         """
 
 

@@ -6,8 +6,10 @@ What it says: `("act", PolicyRequest)`, answered by a chunk or a [`PolicyError`]
 `("done", EpisodeResult)`; `("unable", text)` where no episode can be run here, because something is not installed.
 """
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -89,6 +91,7 @@ def work(connection: Connection, setup: WorkerSetup) -> None:
     """The worker's life: episodes from the pipe until it closes."""
     # An interruption is the main process's to handle: it closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     owner = _EnvironmentOwner(setup.world)
     try:
         while True:
@@ -100,6 +103,14 @@ def work(connection: Connection, setup: WorkerSetup) -> None:
         pass
     finally:
         owner.close()
+
+
+def _end_with_parent() -> None:
+    """A simulator that hangs would never find the pipe closed by a main process that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, episode_seed, run_episode
-from hf_aegis.evaluation.rollouts.film import captioned, evenly_spaced, film_strip, read_film
+from hf_aegis.evaluation.rollouts.film import captioned, evenly_spaced, read_film
 from hf_aegis.evaluation.rollouts.policy import PolicyError, checked_chunk
 from hf_aegis.evaluation.rollouts.protocols import PROTOCOLS
 from hf_aegis.evaluation.rollouts.scores import RolloutScore, scores_by
@@ -141,8 +141,6 @@ def test_a_film_shows_the_episode_to_its_end(fake, tmp_path, suffix):
     assert pictures[0].width == 256 < pictures[0].height
     brightness = [np.asarray(picture)[100, 100].mean() for picture in pictures]
     assert np.all(np.diff(brightness) > 0)
-    strip = film_strip(pictures, 3)
-    assert strip.size == (3 * 256 + 2 * 2, pictures[0].height)
 
 
 def test_another_format_of_film_is_refused_before_anything_is_written(fake, tmp_path):
@@ -160,7 +158,7 @@ def test_the_caption_has_the_outcomes_colour():
         assert not picture[:128].any()
         texts[outcome] = picture[128:]
     assert (texts["success"] != texts["failure"]).any()
-    longer = captioned(frame, "pick up the milk and put it where it has always been " * 3, "step 3", "crash")
+    longer = captioned(frame, "pick up the milk and put it where it has always been " * 3, "step 3", "failure")
     assert longer.height > 128 + len(texts["success"])
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hf_aegis.assets import EMBEDDED_VLM
-from hf_aegis.evaluation.rollouts.model_policy import ModelPolicy
+from hf_aegis.data import PictureSettings
+from hf_aegis.evaluation.rollouts.model_policy import ModelPolicy, trained_pictures
 from hf_aegis.evaluation.rollouts.policy import Observation, PolicyError, PolicyRequest
 from hf_aegis.functional.normalization import DatasetStatistics, FeatureStatistics
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
@@ -137,6 +138,48 @@ def test_observations_that_do_not_fit(policy, images, proprioception, message):
     ]
     with pytest.raises(ValueError, match=message):
         policy.act_together([PolicyRequest("pick up the milk", Observation(*changed))])
+
+
+def test_a_model_without_state_asks_for_none(model, processor):
+    small = {name: value for name, value in _expert(model).items() if name != "num_inference_steps"}
+    blind = PaliGemmaFlowForAction.from_vlm(EMBEDDED_VLM, dtype=torch.float32, use_state=False, **small).eval()
+    torch.nn.init.normal_(blind.action_expert.action_out_proj.weight, std=0.1)
+    policy = ModelPolicy(blind, processor)
+    assert policy.state_features == ()
+    seen = observation(0)
+    (alone,) = policy.act_together([PolicyRequest("pick up the milk", Observation(seen.images))])
+    (beside,) = policy.act_together([PolicyRequest("pick up the milk", seen)])
+    np.testing.assert_array_equal(alone, beside)
+    with pytest.raises(ValueError, match=r"takes no state \(use_state=False\), found state_features \['ee_pos'\]"):
+        ModelPolicy(blind, processor, state_features=["ee_pos"])
+
+
+def test_the_state_is_what_the_processor_says(model, statistics):
+    order = ["gripper_states", "joint_states"]
+    options = {"statistics": statistics, "cameras": ["agentview_rgb", "eye_in_hand_rgb"]}
+    processor = PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, **options, state_features=order)
+    policy = ModelPolicy(model, processor)
+    assert policy.state_features == tuple(order)
+    seen = observation(0).proprioception
+    turned = {"joint_states": np.r_[seen["gripper_states"], seen["joint_states"][:5]]}
+    turned["gripper_states"] = seen["joint_states"][5:]
+    usual = ModelPolicy(model, PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, **options))
+    same = PolicyRequest("pick up the milk", Observation(observation(0).images, turned), 0)
+    np.testing.assert_array_equal(policy.act_together([request(0)])[0], usual.act_together([same])[0])
+    with pytest.raises(ValueError, match=r"was made of \['gripper_states', 'joint_states'\] in training"):
+        ModelPolicy(model, processor, state_features=["joint_states", "gripper_states"])
+    with pytest.raises(ValueError, match=r"\['ee_pos', 'ee_ori'\] make 6 values, the model's state has 9"):
+        ModelPolicy(model, usual.processor, state_features=["ee_pos", "ee_ori"])
+    with pytest.raises(ValueError, match=r"unknown \['elbow'\]"):
+        ModelPolicy(model, usual.processor, state_features=["elbow"])
+
+
+def test_how_the_pictures_of_the_training_were_rendered(processor, statistics, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert trained_pictures(tmp_path) is None
+    known = PictureSettings(64, 3, "fast")
+    PaliGemmaFlowProcessor.from_vlm_processor(EMBEDDED_VLM, statistics, pictures=known).save_pretrained(tmp_path)
+    assert trained_pictures(tmp_path) == known
 
 
 def test_arguments_that_do_not_fit(model, processor, statistics):

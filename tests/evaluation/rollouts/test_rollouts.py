@@ -117,7 +117,7 @@ from hf_aegis.evaluation.rollouts.episode_file import EpisodeFile
 from hf_aegis.evaluation.rollouts.libero import evaluate
 from hf_aegis.evaluation.rollouts.worker import WorkerSetup
 if __name__ == "__main__":
-    world = fake.FakeWorld(step_seconds=0.02, log={log!r})
+    world = fake.FakeWorld({mishaps}, step_seconds=0.02, log={log!r})
     with EpisodeFile(Path({path!r}), {{}}) as file:
         evaluate(fake.specs(40), WorkerSetup(world, fake.go), file=file, num_envs=2)
 """
@@ -125,7 +125,7 @@ if __name__ == "__main__":
 
 def test_a_killed_evaluation_leaves_no_process_and_is_finished_later(fake, tmp_path):
     path, log, script = tmp_path / "episodes.jsonl", tmp_path / "log", tmp_path / "killed.py"
-    script.write_text(KILLED.format(here=str(Path(__file__).parent), log=str(log), path=str(path)))
+    script.write_text(KILLED.format(here=str(Path(__file__).parent), log=str(log), path=str(path), mishaps={}))
     process = subprocess.Popen([sys.executable, str(script)])
     wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") > 3)
     process.send_signal(signal.SIGKILL)
@@ -142,6 +142,20 @@ def test_a_killed_evaluation_leaves_no_process_and_is_finished_later(fake, tmp_p
     assert [result for result in results if result.key in kept] == [kept[r.key] for r in results if r.key in kept]
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert path.read_bytes().count(b"\n") == 41
+
+
+def test_a_simulator_that_hangs_does_not_outlive_a_killed_evaluation(tmp_path):
+    path, log, script = tmp_path / "episodes.jsonl", tmp_path / "log", tmp_path / "killed.py"
+    mishaps = {0: "hang", 1: "hang"}
+    script.write_text(KILLED.format(here=str(Path(__file__).parent), log=str(log), path=str(path), mishaps=mishaps))
+    process = subprocess.Popen([sys.executable, str(script)])
+    wait_for(lambda: log.exists() and log.read_text().count("\n") == 2)
+    # They hang after the third step, a fiftieth of a second each.
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    workers = {int(line.split()[2]) for line in log.read_text().splitlines()}
+    wait_for(lambda: not any(running(pid) for pid in workers))
 
 
 def wait_for(condition, seconds=60.0):
