@@ -23,7 +23,7 @@ pytest_plugins = ["loopback_hub.fixture"]
 
 @pytest.fixture
 def run_processes():
-    """Runs a script in several processes at once that find each other as `torchrun`'s do; fails if one of them does."""
+    """Runs a script in several processes that find each other as `torchrun`'s do; fails if one of them does."""
 
     def run(script, *arguments, size=2, timeout=300):
         with socket.socket() as free:

@@ -30,6 +30,7 @@ from hf_aegis.gradients.neuron_cosines import NeuronCosines
 from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
+from hf_aegis.gradients.reduction import average_over_processes
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.replay import ReplayShield
 from hf_aegis.gradients.shield import GradientShield
@@ -68,6 +69,7 @@ __all__ = [
     "TransportLoss",
     "TransportPenalty",
     "UpdateProjection",
+    "average_over_processes",
     "fisher_diagonal",
     "freeze_unheld",
     "make_combiner",

@@ -59,7 +59,7 @@ class GradientAverage:
 
     def __init__(self, process_group: "ProcessGroup") -> None:
         self.process_group = process_group
-        self._waiting: dict[int, Parameter] = {}
+        self._waiting: list[Parameter] = []
         self._done: set[int] = set()
         self._under_way: list[tuple[list[Parameter], FlatReduction]] = []
 
@@ -68,9 +68,9 @@ class GradientAverage:
         for parameter in parameters:
             if parameter.grad is not None and id(parameter) not in self._done:
                 self._done.add(id(parameter))
-                self._waiting[id(parameter)] = parameter
-        if sum(p.numel() for p in self._waiting.values()) >= BUCKET_SIZE:
-            self._launch()
+                self._waiting.append(parameter)
+                if sum(p.numel() for p in self._waiting) >= BUCKET_SIZE:
+                    self._launch()
 
     def finish(self) -> None:
         """Waits for all of them."""
@@ -82,9 +82,51 @@ class GradientAverage:
         self._under_way.clear()
 
     def _launch(self) -> None:
-        parameters, self._waiting = list(self._waiting.values()), {}
+        parameters, self._waiting = self._waiting, []
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._under_way.append((parameters, FlatReduction(gradients, self.process_group)))
+
+
+class TensorAverage:
+    """
+    Means of tensors over processes that are under way, bucket by bucket.
+
+    Args:
+        tensors (`dict[str, Tensor]`): By names that all processes have in one order. It is emptied.
+        process_group (`torch.distributed.ProcessGroup`): The processes.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], process_group: "ProcessGroup") -> None:
+        self._under_way: list[tuple[list[str], FlatReduction]] = []
+        waiting: dict[str, Tensor] = {}
+        for name in list(tensors):
+            waiting[name] = tensors.pop(name)
+            if not tensors or sum(t.numel() for t in waiting.values()) >= BUCKET_SIZE:
+                self._under_way.append((list(waiting), FlatReduction(list(waiting.values()), process_group)))
+                waiting.clear()
+
+    def wait(self) -> dict[str, Tensor]:
+        """The means, by name. Once."""
+        means = {}
+        for names, reduction in self._under_way:
+            means.update(zip(names, reduction.wait(mean=True), strict=True))
+        self._under_way.clear()
+        return means
+
+
+def average_over_processes(
+    tensors: Mapping[str, Tensor], process_group: "ProcessGroup | None" = None
+) -> dict[str, Tensor]:
+    """
+    Means of tensors over processes, by names that all have in one order.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): They are copied.
+        process_group (`torch.distributed.ProcessGroup`, *optional*): The processes; all of them by default.
+    """
+    processes = distributed.group.WORLD if process_group is None else process_group
+    assert processes is not None, "torch.distributed has not been initialised"
+    return TensorAverage(dict(tensors), processes).wait()
 
 
 class _Bucket(NamedTuple):

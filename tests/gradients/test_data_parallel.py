@@ -19,7 +19,7 @@ def test_two_processes_equal_one(run_processes):
     run_processes(__file__)
 
 
-# -- in each of the two processes --------------------------------------------------------------------------------------
+# -- in each of the two processes -------------------------------------------------------------------------------------
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 HALF = 2
