@@ -33,6 +33,7 @@ from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
 from hf_aegis.gradients.reduction import average_over_processes
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.replay import ReplayShield
+from hf_aegis.gradients.sharded_shield import ShardedGradientShield
 from hf_aegis.gradients.shield import GradientShield
 from hf_aegis.gradients.update_projection import UpdateProjection
 
@@ -65,6 +66,7 @@ __all__ = [
     "RecomputeMismatchError",
     "ReferencePenalty",
     "ReplayShield",
+    "ShardedGradientShield",
     "SharedRecompute",
     "TransportLoss",
     "TransportPenalty",

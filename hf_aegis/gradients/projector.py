@@ -17,7 +17,7 @@ UNPROTECTED = "unprotected"
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
 
 
-def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
+def bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     """`gradient -= alpha * reference` in place; `alpha` of exactly zero never touches the gradient."""
     if alpha.device.type == "cpu":
         if (value := float(alpha)) != 0.0:
@@ -173,7 +173,7 @@ class GradientProjector:
         for name, parameter in self._parameters[unit].items():
             reference = self._references.pop(name, None)
             if reference is not None and parameter.grad is not None:
-                _bend(parameter.grad, reference, alpha)
+                bend(parameter.grad, reference, alpha)
                 if self._on_reference is not None:
                     self._on_reference(unit, name, reference)
         if self._on_projected is not None:

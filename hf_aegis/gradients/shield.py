@@ -23,7 +23,6 @@ DistributedDataParallel's own reduction: N processes with batch b do what one do
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -53,6 +53,7 @@ from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_output
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.layer_entry import LayerEntry, Phase, in_backward
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
 from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
 from hf_aegis.gradients.reduction import GradientAverage, PairedReduction
@@ -211,7 +212,7 @@ class GradientShield:
         self._backward_passes = 0
         self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
-        self._phase = phase = _Phase()
+        self._phase = phase = Phase()
         # Graphs own what this closes over, and must not own the shield.
         self._recompute = SharedRecompute(keep=lambda: phase.is_reference)
         self._active = False
@@ -281,7 +282,7 @@ class GradientShield:
         if not torch.is_grad_enabled():
             return
         hidden = hidden_output(output)
-        if _in_backward():
+        if in_backward():
             if self._passes:
                 return  # the model's own checkpointing recomputes what was recorded
             raise LayerLeakError(
@@ -311,7 +312,7 @@ class GradientShield:
         kept = hidden if self.dual_backward == "two_pass" else detached
         forward.layers[index] = LayerRecord(edge, segment.parameters, kept, kept._version, moments, mask)
         self._outputs[edge.node] = (forward, index)
-        entry = _LayerEntry(self, forward, index)
+        entry = LayerEntry(self, forward, index)
         for node in segment.nodes:
             node.register_prehook(entry)
 
@@ -325,7 +326,7 @@ class GradientShield:
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def _enter_layer(self, forward: ForwardPass, index: int) -> None:
+    def enter_layer(self, forward: ForwardPass, index: int) -> None:
         """Runs before the task's backward pass first touches a node of a layer."""
         if self._projector is None:
             self._begin_backward()
@@ -526,6 +527,10 @@ class GradientShield:
         return self._groups
 
     def _check_devices(self) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise ValueError(
+                "the model's parameters are sharded over processes: use ShardedGradientShield, which is for FSDP2"
+            )
         devices = sorted({str(p.device) for layer in self.layers for p in layer.parameters()})
         if len(devices) > 1:
             raise ValueError(
@@ -538,36 +543,3 @@ class GradientShield:
             self._recompute.take_over(layer)
         else:
             refuse_reentrant(index, layer)
-
-
-class _Phase:
-    """Whether the gradients under way are those of the reference."""
-
-    is_reference = False
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-class _LayerEntry:
-    """Called by autograd before each node of a layer. The graph must not own the records, which own the graph."""
-
-    __slots__ = ("_forward", "_index", "_shield")
-
-    def __init__(self, shield: GradientShield, forward: ForwardPass, index: int) -> None:
-        self._shield = weakref.ref(shield)
-        self._forward = weakref.ref(forward)
-        self._index = index
-
-    def __call__(self, gradients: object) -> None:
-        forward = self._forward()
-        if forward is None:
-            raise RuntimeError(
-                "a backward pass went through decoder layers whose shield no longer watches them: run forward and "
-                "backward inside one `with shield:` block, and each backward pass once"
-            )
-        if not forward.layers[self._index].done:
-            shield = self._shield()
-            assert shield is not None, "a shield owns its forward passes"
-            shield._enter_layer(forward, self._index)

@@ -287,6 +287,11 @@ class AEGISConfig(TrainingArguments):
                 )
         if self.projection_target == "update":
             self._refuse_without_effect('projection_target="update"', "projection_metric")
+            if self.projection_scope == "rank":
+                raise ValueError(
+                    'projection_scope="rank" cannot be combined with projection_target="update": the processes\' '
+                    "weights would part"
+                )
         if self.neuron_cosine_steps and not (self.projects and self.reference == "transport"):
             raise ValueError('neuron_cosine_steps needs preserve="projection" or "both", and reference="transport"')
 

@@ -22,6 +22,7 @@ from hf_aegis.training.callbacks import (
     LogAtSaves,
     MetricsCallback,
     NonFiniteGuard,
+    ProcessSeeds,
     ProjectionCallback,
     VQACallback,
 )
@@ -178,6 +179,7 @@ class AEGISTrainer(HubTrainer):
             self._expert_load = ExpertLoadCallback(model.base_model.routing_records, args.output_dir)
             self.add_callback(self._expert_load)
         self.add_callback(NonFiniteGuard())
+        self.add_callback(ProcessSeeds())
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
             if args.load_best_model_at_end and args.save_only_model:

@@ -134,7 +134,7 @@ class VQACallback(TrainerCallback):
     Evaluates on a fixed hold-out before training, every `steps` steps and after the last one.
 
     Args:
-        holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once.
+        holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once. Each process asks all of them.
         steps (`int`): Steps between evaluations.
         accuracy (`bool`): Whether answers are generated too.
         log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
@@ -208,6 +208,20 @@ class LogAtSaves(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.on_step_end(args, state, control)
+
+
+class ProcessSeeds(TrainerCallback):
+    """
+    Gives each process random numbers of its own: the Trainer seeds all alike, so that samples in different processes
+    would get the same noise and times. The main process's are those of a training in one process.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed training reads the states of its checkpoint's processes later.
+        if args.process_index > 0:
+            torch.manual_seed(args.seed + args.process_index)
 
 
 class NonFiniteGuard(ResumableCallback):
