@@ -107,7 +107,7 @@ class TensorAverage:
 
     def wait(self) -> dict[str, Tensor]:
         """The means, by name. Once."""
-        means = {}
+        means: dict[str, Tensor] = {}
         for names, reduction in self._under_way:
             means.update(zip(names, reduction.wait(mean=True), strict=True))
         self._under_way.clear()

@@ -300,12 +300,12 @@ class _Gate(torch.autograd.Function):
     """The identity on what the model returns; backward, the first thing that the task's gradient passes through."""
 
     @staticmethod
-    def forward(ctx: Any, shield: ShardedGradientShield, tensor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, shield: ShardedGradientShield, tensor: Tensor) -> Tensor:
         ctx.shield = shield
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         ctx.shield.differentiate_penalty()
         return None, gradient
 
