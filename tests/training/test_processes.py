@@ -13,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.training.replay_batches import ReplayBatches
 
 
 VOCABULARY, STEPS = 61, 3
@@ -44,6 +45,15 @@ def test_two_processes_equal_one(tmp_path, run_processes):
     compare(load_file(tmp_path / "two" / "resumed" / "weights.safetensors"), alone[RESUMED])
     first = str(tmp_path / "two" / RESUMED / "checkpoint-1")
     compare(train(tmp_path / "one" / "resumed", 4, resume=first, **RUNS[RESUMED]), alone[RESUMED])
+
+
+def test_replayed_batches_are_spread_over_processes():
+    alone = ReplayBatches(list(range(23)), list, 6, seed=1)
+    shares = [ReplayBatches(list(range(23)), list, 2, seed=1, rank=rank, size=3) for rank in range(3)]
+    for number in range(8):
+        assert [row for share in shares for row in share[number]] == alone[number]
+    with pytest.raises(ValueError, match="replay_dataset has 5 samples, fewer than a batch of 6"):
+        ReplayBatches(list(range(5)), list, 2, seed=1, rank=0, size=3)
 
 
 def compare(found, expected):
