@@ -148,7 +148,8 @@ class AEGISTrainer(HubTrainer):
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
         self.anchor = anchor
-        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED:
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED and not engine:
             # What is kept is what the main process begins with, as what is trained is.
             with torch.no_grad():
                 for parameter in self.model.parameters():
