@@ -1,6 +1,11 @@
 """Shared set-up: no network, no leftovers of optional trackers, small thread pools."""
 
 import os
+import socket
+import subprocess
+import sys
+
+import pytest
 
 
 # Before torch and huggingface_hub are imported anywhere. Test processes share the cores: one thread each.
@@ -14,3 +19,28 @@ os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
 
 # The Hub that tests may talk to: one on the loopback interface.
 pytest_plugins = ["loopback_hub.fixture"]
+
+
+@pytest.fixture
+def run_processes():
+    """Runs a script in several processes that find each other as `torchrun`'s do; fails if one of them does."""
+
+    def run(script, *arguments, size=2, timeout=300):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
+        command = [sys.executable, str(script), *map(str, arguments)]
+        processes = []
+        try:
+            for rank in range(size):
+                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+            errors = [process.communicate(timeout=timeout)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
+
+    return run

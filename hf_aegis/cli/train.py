@@ -44,5 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     set_verbosity_warning()
     result = run_training(run_arguments, training_arguments, illustrate=draw_run_figures)
-    print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "fingerprints")}, indent=2))
+    if training_arguments.process_index == 0:
+        print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "fingerprints")}, indent=2))
     return 0

@@ -30,8 +30,10 @@ from hf_aegis.gradients.neuron_cosines import NeuronCosines
 from hf_aegis.gradients.parameter_penalty import QuadraticPenalty, fisher_diagonal
 from hf_aegis.gradients.projector import GradientProjector
 from hf_aegis.gradients.recompute import RecomputeMismatchError, SharedRecompute
+from hf_aegis.gradients.reduction import average_over_processes
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.replay import ReplayShield
+from hf_aegis.gradients.sharded_shield import ShardedGradientShield
 from hf_aegis.gradients.shield import GradientShield
 from hf_aegis.gradients.update_projection import UpdateProjection
 
@@ -64,10 +66,12 @@ __all__ = [
     "RecomputeMismatchError",
     "ReferencePenalty",
     "ReplayShield",
+    "ShardedGradientShield",
     "SharedRecompute",
     "TransportLoss",
     "TransportPenalty",
     "UpdateProjection",
+    "average_over_processes",
     "fisher_diagonal",
     "freeze_unheld",
     "make_combiner",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import Parameter
 
+from hf_aegis.gradients.data_parallel import LayerMoments
 from hf_aegis.gradients.graph import LayerLeakError
 from hf_aegis.gradients.reference import LayerPenalty
 
@@ -27,7 +28,10 @@ class LayerRecord:
         hidden (`Tensor` of shape `(B, T, D)`, *optional*): The output, for the two-pass form with its graph; dropped
             once it was used.
         version (`int`): The output's version, which changes where it is changed in place.
-        penalty ([`LayerPenalty`]): The layer's share of the penalty.
+        moments ([`LayerMoments`]): Those of the output, in this process.
+        mask (`Tensor` of shape `(B, T)`, *optional*): Which tokens count.
+        penalty ([`LayerPenalty`], *optional*): The layer's share of the penalty, from when the backward pass comes.
+        others ([`LayerMoments`], *optional*): The moments in all other processes, where there are any.
         done (`bool`): Whether its reference gradients were computed.
     """
 
@@ -35,7 +39,10 @@ class LayerRecord:
     parameters: dict[str, Parameter]
     hidden: Tensor | None
     version: int
-    penalty: LayerPenalty
+    moments: LayerMoments
+    mask: Tensor | None
+    penalty: LayerPenalty | None = None
+    others: LayerMoments | None = None
     done: bool = False
 
     def take_hidden(self, index: int) -> Tensor:

@@ -13,6 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from hf_aegis.anchors import find_decoder_layers, unwrap_model
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.functional.moments import check_mask
+from hf_aegis.gradients.data_parallel import (
+    LayerMoments,
+    MomentsExchange,
+    ProjectionScope,
+    as_share,
+    find_process_group,
+    total_over_processes,
+)
 from hf_aegis.gradients.forward_pass import hidden_output
 from hf_aegis.gradients.recompute import AmbientState
 from hf_aegis.gradients.reference import TransportPenalty
@@ -21,6 +29,8 @@ from hf_aegis.hooks import removed_afterwards
 
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from hf_aegis.anchors import ActivationAnchor
 
 
@@ -92,6 +102,13 @@ class TransportLoss:
             Where the decoder layers are, if they cannot be found.
         variance_eps (`float`, *optional*, defaults to `1e-6`):
             Added to variances under the square root.
+        scope (`"global"` or `"rank"`, *optional*, defaults to `"global"`):
+            Where several processes share a batch: whether the statistics are those of the whole batch, so that the
+            penalty's gradient, averaged over processes like the task's, is that of one process with all of it; or
+            those of each process's own tokens.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes that share the batch; by default that of a `DistributedDataParallel`, else all processes, if
+            torch.distributed was initialised.
 
     Raises:
         ValueError: If the layers are not found, or the anchor has another shape.
@@ -103,7 +120,12 @@ class TransportLoss:
         anchor: "ActivationAnchor",
         layers: str | nn.ModuleList | None = None,
         variance_eps: float = DEFAULT_EPS,
+        scope: ProjectionScope = "global",
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
+        self.model = model
+        self.scope = scope
+        self.process_group = process_group
         anchor.check_compatible(model, check="shape", layers=layers)
         self._penalty = TransportPenalty(anchor, eps=variance_eps)
         self._recorder = LayerRecorder(
@@ -117,12 +139,22 @@ class TransportLoss:
             yield
 
     def value(self) -> Tensor:
-        """The unscaled penalty of the recorded forward pass, `()`, with its graph; once for each recording."""
+        """
+        The unscaled penalty of the recorded forward pass, `()`, with its graph; once for each recording. In all
+        processes that share a batch it is that of the whole batch, and all must ask for it.
+        """
+        outputs = self._recorder.take()
+        processes = find_process_group(self.model, self.process_group) if self.scope == "global" else None
+        others: Sequence[LayerMoments | None] = [None] * len(outputs)
+        if processes is not None:
+            with torch.no_grad():
+                moments = [LayerMoments.of(hidden, mask) for hidden, mask in outputs]
+            others = MomentsExchange(processes)(moments).others
         terms = [
-            self._penalty.differentiable(index, hidden, mask)
-            for index, (hidden, mask) in enumerate(self._recorder.take())
+            self._penalty.differentiable(index, hidden, mask, rest)
+            for index, ((hidden, mask), rest) in enumerate(zip(outputs, others, strict=True))
         ]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return as_share(torch.stack([term.to(terms[0].device) for term in terms]).sum(), processes)
 
 
 class DistillationLoss:
@@ -140,6 +172,9 @@ class DistillationLoss:
             Any Hugging Face model with a stack of decoder layers, possibly wrapped by PEFT, with pre-trained weights.
         layers (`str` or `torch.nn.ModuleList`, *optional*):
             Where the decoder layers are, if they cannot be found.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            As in [`TransportLoss`]. Each process weights its tokens by their share in the whole batch, so that the
+            mean of the processes' losses is the loss of the whole batch.
 
     Attributes:
         teacher (`torch.nn.Module`): The frozen base model.
@@ -149,7 +184,14 @@ class DistillationLoss:
             a cache of keys and values, which the teacher cannot share.
     """
 
-    def __init__(self, model: nn.Module, layers: str | nn.ModuleList | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | nn.ModuleList | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        self.model = model
+        self.process_group = process_group
         found = find_decoder_layers(model, layers)
         inner = unwrap_model(model)
         self._student = getattr(inner, "base_model", inner)
@@ -192,7 +234,21 @@ class DistillationLoss:
         hooks = [layer.register_forward_hook(partial(compare, i)) for i, layer in enumerate(self._teacher_layers)]
         with removed_afterwards(hooks), ambient.restored(), torch.no_grad():
             self.teacher(*args, **kwargs)
-        return torch.stack([terms[index].to(terms[0].device) for index in range(len(terms))]).mean()
+        losses = torch.stack([terms[index].to(terms[0].device) for index in range(len(terms))])
+        return (losses * self._shares(outputs).to(losses)).mean()
+
+    def _shares(self, outputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """This process's share of each layer's tokens, times the number of processes, `(L,)`."""
+        processes = find_process_group(self.model, self.process_group)
+        if processes is None:
+            return torch.ones(len(outputs))
+        device = outputs[0][0].device
+        counts = [
+            hidden.new_tensor(hidden.shape[:2].numel(), dtype=torch.float32) if mask is None else (mask != 0).sum()
+            for hidden, mask in outputs
+        ]
+        mine = torch.stack([count.to(device, torch.float32) for count in counts])
+        return mine * processes.size() / total_over_processes(mine, processes).clamp(min=1)
 
     def _keep_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():

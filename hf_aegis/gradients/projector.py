@@ -17,7 +17,7 @@ UNPROTECTED = "unprotected"
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
 
 
-def _bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
+def bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     """`gradient -= alpha * reference` in place; `alpha` of exactly zero never touches the gradient."""
     if alpha.device.type == "cpu":
         if (value := float(alpha)) != 0.0:
@@ -51,6 +51,8 @@ class GradientProjector:
         on_reference (`Callable[[str, str, Tensor], None]`, *optional*):
             Called for each parameter with what is projected as one vector with it, its name, and its reference
             direction, once that has done its work here.
+        on_projected (`Callable[[Iterable[Parameter]], None]`, *optional*):
+            Called with the parameters of each group that was projected.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class GradientProjector:
         combiner: Combiner,
         metric: Callable[[str], Tensor | None] | None = None,
         on_reference: Callable[[str, str, Tensor], None] | None = None,
+        on_projected: Callable[[Iterable[Parameter]], None] | None = None,
     ) -> None:
         self.combiner = combiner
         self.granularity = granularity
         self._metric = metric
         self._on_reference = on_reference
+        self._on_projected = on_projected
         self._group_of = group_of
         self._references: dict[str, Tensor] = {}
         self._pending: dict[str, set[str]] = defaultdict(set)
@@ -92,10 +96,13 @@ class GradientProjector:
         """The reference direction of a parameter, until its group is projected."""
         return self._references.get(name)
 
+    def take_reference(self, name: str) -> Tensor | None:
+        """The same, and the projector lets go of it."""
+        return self._references.pop(name, None)
+
     def on_gradient(self, name: str, gradient: Tensor) -> None:
         """Notes the scalars of this backward pass's task gradient, before it is accumulated."""
-        if gradient.is_sparse:
-            raise NotImplementedError(f"{name} has a sparse gradient; train it with `sparse=False`, or freeze it")
+        refuse_sparse(name, gradient)
         weight = None if self._metric is None else self._metric(name)
         weighted = gradient if weight is None else gradient * weight
         squared = inner_product(gradient, weighted)
@@ -138,8 +145,11 @@ class GradientProjector:
         rows = [torch.cat([self._totals(unit), self._alphas[unit][None]]) for unit in groups]
         return groups, torch.stack(rows) if rows else torch.zeros(0, 4)
 
-    def drop_non_finite(self) -> list[str]:
-        """Removes the gradients of groups whose task gradient was not finite; returns the groups' names."""
+    def drop_non_finite(self, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[str]:
+        """
+        Removes the gradients of groups whose task gradient was not finite; returns the groups' names. `total` sums a
+        tensor over processes.
+        """
         groups: dict[str, Iterable[Parameter]] = {unit: self._parameters[unit].values() for unit in self._scalars}
         squares = [torch.stack([row[1] for row in rows]).sum() for rows in self._scalars.values()]
         if self._watched_squares:
@@ -147,7 +157,7 @@ class GradientProjector:
             squares.append(torch.stack(self._watched_squares).sum())
         if not squares:
             return []
-        finite = torch.isfinite(torch.stack(squares)).tolist()
+        finite = torch.isfinite(total(torch.stack(squares))).tolist()
         dropped = [name for name, is_finite in zip(groups, finite, strict=True) if not is_finite]
         for name in dropped:
             for parameter in groups[name]:
@@ -163,9 +173,20 @@ class GradientProjector:
         for name, parameter in self._parameters[unit].items():
             reference = self._references.pop(name, None)
             if reference is not None and parameter.grad is not None:
-                _bend(parameter.grad, reference, alpha)
+                bend(parameter.grad, reference, alpha)
                 if self._on_reference is not None:
                     self._on_reference(unit, name, reference)
+        if self._on_projected is not None:
+            self._on_projected(self._parameters[unit].values())
+
+
+def refuse_sparse(name: str, gradient: Tensor) -> None:
+    """
+    Raises:
+        NotImplementedError: If the gradient of the parameter `name` is sparse.
+    """
+    if gradient.is_sparse:
+        raise NotImplementedError(f"{name} has a sparse gradient; train it with `sparse=False`, or freeze it")
 
 
 def unit_of(name: str, group: str, granularity: Granularity) -> str:

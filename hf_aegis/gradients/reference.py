@@ -12,7 +12,7 @@ from hf_aegis.functional.bures import (
     penalty_gradient_coefficients,
     squared_wasserstein,
 )
-from hf_aegis.functional.moments import masked_moments
+from hf_aegis.gradients.data_parallel import LayerMoments
 
 
 if TYPE_CHECKING:
@@ -44,12 +44,20 @@ class LayerPenalty:
 class ReferencePenalty(Protocol):
     """A penalty on each layer's output whose gradient is the reference direction."""
 
-    def observe(self, index: int, hidden: Tensor, mask: Tensor | None) -> LayerPenalty:
-        """The penalty of layer `index` and its closed-form gradient; `hidden` `(B, T, D)` carries no graph."""
+    def of(self, index: int, moments: LayerMoments, mask: Tensor | None) -> LayerPenalty:
+        """
+        The penalty of layer `index` and its closed-form gradient, by the moments of its output over the whole batch.
+        `mask` `(B, T)` is that of this process's share of the batch.
+        """
         ...
 
-    def differentiable(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """The same penalty, scaled, as a scalar with an autograd graph."""
+    def differentiable(
+        self, index: int, hidden: Tensor, mask: Tensor | None, others: LayerMoments | None = None
+    ) -> Tensor:
+        """
+        The same penalty, scaled, as a scalar with an autograd graph to this process's `hidden` `(B, T, D)`. `others`
+        are the moments of the rest of the batch, where other processes have it.
+        """
         ...
 
 
@@ -69,15 +77,18 @@ class TransportPenalty:
         self.eps = eps
         self._statistics: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def observe(self, index: int, hidden: Tensor, mask: Tensor | None) -> LayerPenalty:
-        mean, variance, count = masked_moments(hidden, mask)
+    def of(self, index: int, moments: LayerMoments, mask: Tensor | None) -> LayerPenalty:
+        mean, variance, count = moments
         anchor_mean, anchor_variance = self._anchor_statistics(index, mean)
         terms = squared_wasserstein(mean, variance, anchor_mean, anchor_variance, self.eps)
         shift, slope = penalty_gradient_coefficients(mean, variance, count, anchor_mean, anchor_variance, self.eps)
         return LayerPenalty(*terms, mask, shift * self.scale, slope * self.scale)
 
-    def differentiable(self, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        mean, variance, _ = masked_moments(hidden, mask)
+    def differentiable(
+        self, index: int, hidden: Tensor, mask: Tensor | None, others: LayerMoments | None = None
+    ) -> Tensor:
+        moments = LayerMoments.of(hidden, mask)
+        mean, variance, _ = moments if others is None else moments.merged(others)
         mean_term, std_term = squared_wasserstein(mean, variance, *self._anchor_statistics(index, mean), self.eps)
         return self.scale * (mean_term + std_term)
 

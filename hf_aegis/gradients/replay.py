@@ -1,8 +1,9 @@
 """A replayed batch's gradient as the reference: A-GEM, PCGrad, GradDrop (arXiv 1812.00420, 2001.06782, 2010.06808)."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -12,10 +13,30 @@ from torch.nn import Parameter
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.inner_product import inner_product
 from hf_aegis.gradients.combiners import GroupScalars, group_scalars, make_combiner
+from hf_aegis.gradients.data_parallel import (
+    PROJECTION_SCOPES,
+    ProjectionScope,
+    find_process_group,
+    inside_ddp,
+    total_over_processes,
+    without_ddp_reduction,
+)
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.groups import ParameterGroups
-from hf_aegis.gradients.projector import GRANULARITIES, UNPROTECTED, Granularity, natural_order, unit_of
+from hf_aegis.gradients.projector import (
+    GRANULARITIES,
+    UNPROTECTED,
+    Granularity,
+    natural_order,
+    refuse_sparse,
+    unit_of,
+)
 from hf_aegis.gradients.recompute import refuse_reentrant
+from hf_aegis.gradients.reduction import GradientAverage, TensorAverage
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 logger = logging.getLogger(__name__)
@@ -65,6 +86,12 @@ class ReplayShield:
         drop_non_finite (`bool`, *optional*, defaults to `True`):
             Remove the gradients of groups whose task gradient is not finite; all that the replay loss does not reach
             counts as one group. What was accumulated before stays.
+        projection_scope (`"global"` or `"rank"`, *optional*, defaults to `"global"`):
+            Where several processes share a batch, each with a replay batch of its own: whether the means of their two
+            gradients are combined, or each process combines its own and the mean of what comes out is taken.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes; by default that of a `DistributedDataParallel`, else all processes, if torch.distributed
+            was initialised. All must enter and leave the block alike.
 
     Attributes:
         report ([`ProjectionReport`], *optional*):
@@ -74,6 +101,9 @@ class ReplayShield:
             micro-batches, set it to one over that number. A one-sided projection does not depend on it.
         step (`int`):
             Number of blocks so far; set it when training is resumed, so that GradDrop draws what it would have drawn.
+        wrapper (`torch.nn.Module`):
+            What forward passes go through: to be set if the model was wrapped by `DistributedDataParallel` after the
+            shield was made.
 
     Raises:
         ValueError: If an option is unknown or the layers are not found.
@@ -96,13 +126,20 @@ class ReplayShield:
         layers: str | nn.ModuleList | None = None,
         seed: int = 0,
         drop_non_finite: bool = True,
+        projection_scope: ProjectionScope = "global",
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
+        if projection_scope not in PROJECTION_SCOPES:
+            raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, found {seed}")
-        self.model = model
+        self.wrapper = model
+        self.model = model = inside_ddp(model)
         self.replay_loss = replay_loss
+        self.projection_scope: ProjectionScope = projection_scope
+        self.process_group = process_group
         self.layers = find_decoder_layers(model, layers)
         self.granularity: Granularity = granularity
         self.seed = seed
@@ -115,6 +152,10 @@ class ReplayShield:
         self._references: dict[str, Tensor] = {}
         self._before: dict[str, Tensor | None] = {}
         self._replay_loss: Tensor | None = None
+        self._processes: ProcessGroup | None = None
+        self._averages = False
+        self._reference_means: TensorAverage | None = None
+        self._block = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if self._groups is not None:
@@ -125,6 +166,8 @@ class ReplayShield:
         # Anew each time: what trains may have changed since.
         self._groups = ParameterGroups(self.model, self.layers)
         self._before = {name: parameter.grad for name, parameter in self._groups.parameters.items()}
+        self._processes = find_process_group(self.wrapper, self.process_group)
+        self._averages = self._block.enter_context(without_ddp_reduction(self.wrapper))
         for parameter in self._groups.parameters.values():
             parameter.grad = None
         try:
@@ -148,7 +191,8 @@ class ReplayShield:
         if restore:
             for name, parameter in self._groups.parameters.items():
                 parameter.grad = self._before[name]
-        self._groups = self._replay_loss = None
+        self._groups = self._replay_loss = self._reference_means = None
+        self._block.close()
         self._before.clear()
         self._references.clear()
 
@@ -169,18 +213,31 @@ class ReplayShield:
         }
         if not self._references:
             raise ValueError(f"the replay loss reaches no trainable parameter of the {type(self.model).__name__}")
-        _refuse_sparse(self._references)
+        for name, gradient in self._references.items():
+            refuse_sparse(name, gradient)
         # Nothing of the replay's forward pass may have been accumulated, even if the loss itself ran a backward pass.
         for parameter in groups.parameters.values():
             parameter.grad = None
         self._replay_loss = loss.detach()
+        if self._processes is not None and self.projection_scope == "global":
+            self._replay_loss = total_over_processes(self._replay_loss, self._processes) / self._processes.size()
+            # Waited for when the task's gradients are there.
+            self._reference_means = TensorAverage(self._references, self._processes)
 
     def _combine(self, groups: ParameterGroups) -> bool:
         """Combines what the block left in `.grad`; returns whether there was anything."""
         task = {name: p.grad for name, p in groups.parameters.items() if p.grad is not None}
         if not task:
             return False
-        _refuse_sparse(task)
+        for name, gradient in task.items():
+            refuse_sparse(name, gradient)
+        if self._reference_means is not None:
+            assert self._processes is not None
+            self._references = self._reference_means.wait()
+            average = GradientAverage(self._processes)
+            average.add(groups.parameters[name] for name in task)
+            average.finish()
+            task = {name: p.grad for name, p in groups.parameters.items() if p.grad is not None}
         groups.note_reached(self._references)
         units: dict[str, list[str]] = {}
         others = []
@@ -198,6 +255,10 @@ class ReplayShield:
         for name, parameter in groups.parameters.items():
             if (before := self._before[name]) is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        if self._processes is not None and self.projection_scope == "rank" and self._averages:
+            average = GradientAverage(self._processes)
+            average.add(groups.parameters.values())
+            average.finish()
         self.step += 1
         return True
 
@@ -238,7 +299,9 @@ class ReplayShield:
         if not squares:
             return
         ordered = [*self.report.groups, UNPROTECTED]
-        finite = torch.isfinite(torch.stack(squares)).tolist()
+        # With a scope of single processes, what one of them drops the others drop.
+        own = self._processes if self.projection_scope == "rank" else None
+        finite = torch.isfinite(total_over_processes(torch.stack(squares), own)).tolist()
         # Without unprotected gradients that last name has no square of its own.
         self.report.dropped = [name for name, is_finite in zip(ordered, finite, strict=False) if not is_finite]
         for unit in self.report.dropped:
@@ -254,9 +317,3 @@ class ReplayShield:
 
 def _squared_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack([inner_product(gradient, gradient) for gradient in gradients]).sum()
-
-
-def _refuse_sparse(gradients: dict[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        if gradient.is_sparse:
-            raise NotImplementedError(f"{name} has a sparse gradient; train it with `sparse=False`, or freeze it")

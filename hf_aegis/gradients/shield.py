@@ -15,10 +15,14 @@ of the task loss is about to enter a layer, the layer's share of the reference d
 
 Task gradients always travel through autograd's own graph, so none can be lost, by whatever way they leave a layer
 (keys and values that an action expert reads, for instance).
+
+Where several processes train one model, each on its share of a batch, the layers' statistics are brought together when
+the backward pass comes to the layers, and both gradients of a layer while it goes through the layer below, in place of
+DistributedDataParallel's own reduction: N processes with batch b do what one does with batch N·b.
 """
 
+import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -33,17 +38,32 @@ from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
 from hf_aegis.gradients.combiners import Combiner, OneSidedGramSchmidt
+from hf_aegis.gradients.data_parallel import (
+    PROJECTION_SCOPES,
+    LayerMoments,
+    MomentsExchange,
+    ProjectionScope,
+    find_process_group,
+    inside_ddp,
+    refuse_ddp_reduction,
+    total_over_processes,
+    without_ddp_reduction,
+)
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_output
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
-from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity
+from hf_aegis.gradients.layer_entry import LayerEntry, Phase, in_backward
+from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
 from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
+from hf_aegis.gradients.reduction import GradientAverage, PairedReduction
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.token_mask import TokenMask
 
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from hf_aegis.anchors import ActivationAnchor
 
 
@@ -93,6 +113,16 @@ class GradientShield:
             Remove the gradients of groups whose task gradient is not finite, so that no NaN reaches a parameter; all
             parameters that are not projected count as one group. Choose `False` where something else watches over
             whole steps, such as [`AEGISTrainer`] or a `GradScaler`, which has to see them.
+        projection_scope (`"global"` or `"rank"`, *optional*, defaults to `"global"`):
+            Where several processes share a batch: `"global"` projects the gradient of the whole batch against the
+            penalty of its statistics, so that the number of processes makes no difference. It sends twice as much as
+            plain data parallelism does, with every micro-batch. `"rank"` lets each process project its own gradient
+            against the penalty of its own tokens, and takes the mean of what comes out: what is sent is what plain
+            data parallelism sends, but the mean of projected gradients may work against the reference direction of
+            the whole batch, and each process reports its own figures.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            The processes that share the batch; by default that of a `DistributedDataParallel`, else all processes, if
+            torch.distributed was initialised. All must enter the block, and run forward and backward passes, alike.
 
     Attributes:
         report ([`ProjectionReport`], *optional*): What the last backward pass did.
@@ -107,6 +137,11 @@ class GradientShield:
         on_reference (`Callable[[str, str, Tensor], None]`, *optional*):
             Called for each parameter that has a task gradient with the name of what is projected as one vector with
             it, its own, and this backward pass's reference direction, which may be kept. `None` by default.
+        model (`torch.nn.Module`):
+            What is projected, without a `DistributedDataParallel` around it; parameters have their names in it.
+        wrapper (`torch.nn.Module`):
+            What forward passes go through: to be set if the model was wrapped by `DistributedDataParallel` after the
+            shield was made.
 
     Raises:
         ValueError: If an option is unknown, the layers are not found, or the anchor has another shape.
@@ -116,7 +151,8 @@ class GradientShield:
         ValueError: If the `attention_mask` is not `(batch, tokens)`.
         LayerLeakError: If the layers are not a chain of hidden outputs, as the dual backward needs it.
         LostGradientError: On leaving, if losses were differentiated but none of their gradients came to the layers.
-        RuntimeError: If a backward pass goes through layers that ran in another block, or through the same ones again.
+        RuntimeError: If a backward pass goes through layers that ran in another block, or through the same ones
+            again; if `DistributedDataParallel` would reduce gradients besides, or processes do not work alike.
     """
 
     def __init__(
@@ -132,14 +168,19 @@ class GradientShield:
         variance_eps: float = DEFAULT_EPS,
         layers: str | nn.ModuleList | None = None,
         drop_non_finite: bool = True,
+        projection_scope: ProjectionScope = "global",
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         if dual_backward not in DUAL_BACKWARDS:
             raise ValueError(f"dual_backward must be one of {DUAL_BACKWARDS}, found {dual_backward!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
+        if projection_scope not in PROJECTION_SCOPES:
+            raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
         if not penalty_scale > 0:
             raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
-        self.model = model
+        self.wrapper = model
+        self.model = model = inside_ddp(model)
         self.layers = find_decoder_layers(model, layers)
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("a decoder layer is in the list more than once, so that it has no single anchor")
@@ -148,6 +189,8 @@ class GradientShield:
         self.granularity: Granularity = granularity
         self.penalty_scale = penalty_scale
         self.drop_non_finite = drop_non_finite
+        self.projection_scope: ProjectionScope = projection_scope
+        self.process_group = process_group
         self.report: ProjectionReport | None = None
         self.observer: Callable[[str, Tensor, Tensor], None] | None = None
         self.metric: Callable[[str], Tensor | None] | None = None
@@ -157,13 +200,19 @@ class GradientShield:
         self._groups: ParameterGroups | None = None
         self._groups_key: tuple[int, ...] = ()
         self._projector: GradientProjector | None = None
+        self._processes: ProcessGroup | None = None
+        self._exchange: MomentsExchange | None = None
+        self._reduction: PairedReduction | None = None
+        self._average: GradientAverage | None = None
+        self._averages = False
+        self._block = contextlib.ExitStack()
         self._token_mask = TokenMask(model, anchor.fingerprint.tokens)
         self._passes: list[ForwardPass] = []
         self._outputs: dict[Node, tuple[ForwardPass, int]] = {}
         self._backward_passes = 0
         self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
-        self._phase = phase = _Phase()
+        self._phase = phase = Phase()
         # Graphs own what this closes over, and must not own the shield.
         self._recompute = SharedRecompute(keep=lambda: phase.is_reference)
         self._active = False
@@ -183,6 +232,14 @@ class GradientShield:
         return self
 
     def _attach(self, groups: ParameterGroups) -> None:
+        self._processes = find_process_group(self.wrapper, self.process_group)
+        wanted = self._block.enter_context(without_ddp_reduction(self.wrapper))
+        self._averages = self._processes is not None and self.projection_scope == "rank" and wanted
+        if self._processes is not None and self.projection_scope == "global":
+            if self._exchange is None or self._exchange.process_group is not self._processes:
+                self._exchange = MomentsExchange(self._processes)
+        else:
+            self._exchange = None
         self._handles.extend(self._token_mask.follow())
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_hook(partial(self._on_layer_output, index)))
@@ -206,11 +263,18 @@ class GradientShield:
         for handle in self._handles:
             handle.remove()
         self._recompute.give_back()
+        self._abandon()
+        self._block.close()
         self._handles.clear()
         self._passes.clear()
         self._outputs.clear()
-        self._projector = None
         self._active = False
+
+    def _abandon(self) -> None:
+        """Lets go of a backward pass that did not come to its end."""
+        if self._reduction is not None:
+            self._reduction.abandon()
+        self._projector = self._reduction = self._average = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -218,7 +282,7 @@ class GradientShield:
         if not torch.is_grad_enabled():
             return
         hidden = hidden_output(output)
-        if _in_backward():
+        if in_backward():
             if self._passes:
                 return  # the model's own checkpointing recomputes what was recorded
             raise LayerLeakError(
@@ -244,27 +308,30 @@ class GradientShield:
         detached = hidden.detach()
         mask = self._token_mask.current()
         with torch.no_grad():
-            penalty = self._penalty.observe(index, detached, mask)
+            moments = LayerMoments.of(detached, mask)
         kept = hidden if self.dual_backward == "two_pass" else detached
-        forward.layers[index] = LayerRecord(edge, segment.parameters, kept, kept._version, penalty)
+        forward.layers[index] = LayerRecord(edge, segment.parameters, kept, kept._version, moments, mask)
         self._outputs[edge.node] = (forward, index)
-        entry = _LayerEntry(self, forward, index)
+        entry = LayerEntry(self, forward, index)
         for node in segment.nodes:
             node.register_prehook(entry)
 
     def _begin_forward(self) -> None:
+        refuse_ddp_reduction()
         if self._projector is not None:
             # An earlier backward pass raised before its end, and the caller went on.
-            self._projector = None
+            self._abandon()
             self._forget([forward for forward in self._passes if forward.entered])
         self._passes.append(ForwardPass())
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def _enter_layer(self, forward: ForwardPass, index: int) -> None:
+    def enter_layer(self, forward: ForwardPass, index: int) -> None:
         """Runs before the task's backward pass first touches a node of a layer."""
         if self._projector is None:
             self._begin_backward()
+        if not forward.entered:
+            self._find_penalties(forward)
         self._phase.is_reference = True
         try:
             if self.dual_backward == "two_pass":
@@ -280,18 +347,49 @@ class GradientShield:
         assert self._groups is not None
         self.report = None
         self._backward_passes += 1
-        self._projector = GradientProjector(
-            self._groups.group_of, self.granularity, self.combiner, self.metric, self.on_reference
+        self._average = GradientAverage(self._processes) if self._averages and self._processes is not None else None
+        self._projector = projector = GradientProjector(
+            self._groups.group_of,
+            self.granularity,
+            self.combiner,
+            self.metric,
+            self.on_reference,
+            None if self._average is None else self._average.add,
         )
+        if self._exchange is not None:
+            self._reduction = PairedReduction(
+                self._exchange.process_group,
+                self._groups.group_of,
+                projector.take_reference,
+                projector.add_reference,
+                self._take_gradient,
+            )
         for forward in self._passes:
             for record in forward.layers.values():
-                self._projector.expect(record.parameters)
+                projector.expect(record.parameters)
+                if self._reduction is not None:
+                    self._reduction.expect(record.parameters)
         # Autograd runs it when this backward pass has delivered its last gradient.
         torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+
+    @torch.no_grad()
+    def _find_penalties(self, forward: ForwardPass) -> None:
+        records = forward.layers
+        moments = {index: record.moments for index, record in records.items()}
+        if self._exchange is not None:
+            assert self._reduction is not None
+            reached = [name for record in records.values() for name in record.parameters]
+            shared = self._exchange(list(moments.values()), [*self._reduction.send_loose(), *reached])
+            moments = dict(zip(records, shared.total, strict=True))
+            for record, others in zip(records.values(), shared.others, strict=True):
+                record.others = others
+        for index, record in records.items():
+            record.penalty = self._penalty.of(index, moments[index], record.mask)
 
     def _differentiate_layer(self, forward: ForwardPass, index: int) -> None:
         record = forward.layers[index]
         hidden = record.take_hidden(index)
+        assert record.penalty is not None
         cotangent = record.penalty.cotangent(hidden)
         from_above = forward.cotangents.pop(index, None)
         if from_above is not None:
@@ -319,7 +417,7 @@ class GradientShield:
             for index, record in forward.layers.items():
                 parameters.update(record.parameters)
                 hidden = record.take_hidden(index)
-                penalties.append(self._penalty.differentiable(index, hidden, record.penalty.mask))
+                penalties.append(self._penalty.differentiable(index, hidden, record.mask, record.others))
         gradients = torch.autograd.grad(
             penalties,
             list(parameters.values()),
@@ -341,6 +439,26 @@ class GradientShield:
         if self._projector is None:
             # A part above the layers (an output head, an action expert) comes first and knows no reference.
             self._begin_backward()
+        if self._reduction is None:
+            self._note_gradient(name, gradient)
+        else:
+            assert self._groups is not None
+            refuse_sparse(name, gradient)
+            self._reduction.set_aside(name, self._groups.parameters[name])
+
+    def _on_accumulated(self, name: str, parameter: Parameter) -> None:
+        if self._reduction is None:
+            self._note_accumulated(name, parameter)
+        else:
+            self._reduction.arrived(name, parameter)
+
+    def _take_gradient(self, name: str, parameter: Parameter, gradient: Tensor, before: Tensor | None) -> None:
+        """Does what the hooks do where one process is alone, with a gradient of all processes."""
+        self._note_gradient(name, gradient)
+        parameter.grad = gradient if before is None else before.add_(gradient)
+        self._note_accumulated(name, parameter)
+
+    def _note_gradient(self, name: str, gradient: Tensor) -> None:
         assert self._projector is not None and self._groups is not None
         if self._groups.is_protected(name):
             self._projector.on_gradient(name, gradient)
@@ -349,21 +467,32 @@ class GradientShield:
         elif self.drop_non_finite:
             self._projector.watch(name, gradient)
 
-    def _on_accumulated(self, name: str, parameter: Parameter) -> None:
+    def _note_accumulated(self, name: str, parameter: Parameter) -> None:
         assert self._projector is not None and self._groups is not None
         if self._groups.is_protected(name):
             self._projector.on_accumulated(name, parameter)
-        elif self.drop_non_finite:
-            self._projector.on_watched_accumulated(name, parameter)
+        else:
+            if self.drop_non_finite:
+                self._projector.on_watched_accumulated(name, parameter)
+            if self._average is not None:
+                self._average.add([parameter])
 
     def _finish_backward(self) -> None:
-        projector, self._projector = self._projector, None
+        projector = self._projector
         if projector is None:
             return
+        if self._reduction is not None:
+            self._reduction.finish()
         groups, scalars = projector.finish()
+        if self._average is not None:
+            assert self._groups is not None
+            # What only earlier micro-batches had a gradient for, too.
+            self._average.add(self._groups.parameters.values())
+            self._average.finish()
+        self._projector = self._reduction = self._average = None
         entered = [forward for forward in self._passes if forward.entered]
         self._entered_passes += len(entered)
-        penalties = [record.penalty for forward in entered for record in forward.layers.values()]
+        penalties = [r.penalty for forward in entered for r in forward.layers.values() if r.penalty is not None]
         self._forget(entered)
         dot, task, reference, alpha = scalars.unbind(dim=1)
         empty = torch.zeros(0)
@@ -378,7 +507,8 @@ class GradientShield:
             penalty_scale=self.penalty_scale,
         )
         if self.drop_non_finite:
-            self.report.dropped = projector.drop_non_finite()
+            own = self._processes if self.projection_scope == "rank" else None
+            self.report.dropped = projector.drop_non_finite(partial(total_over_processes, process_group=own))
             if self.report.dropped:
                 logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
 
@@ -397,6 +527,10 @@ class GradientShield:
         return self._groups
 
     def _check_devices(self) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise ValueError(
+                "the model's parameters are sharded over processes: use ShardedGradientShield, which is for FSDP2"
+            )
         devices = sorted({str(p.device) for layer in self.layers for p in layer.parameters()})
         if len(devices) > 1:
             raise ValueError(
@@ -409,36 +543,3 @@ class GradientShield:
             self._recompute.take_over(layer)
         else:
             refuse_reentrant(index, layer)
-
-
-class _Phase:
-    """Whether the gradients under way are those of the reference."""
-
-    is_reference = False
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-class _LayerEntry:
-    """Called by autograd before each node of a layer. The graph must not own the records, which own the graph."""
-
-    __slots__ = ("_forward", "_index", "_shield")
-
-    def __init__(self, shield: GradientShield, forward: ForwardPass, index: int) -> None:
-        self._shield = weakref.ref(shield)
-        self._forward = weakref.ref(forward)
-        self._index = index
-
-    def __call__(self, gradients: object) -> None:
-        forward = self._forward()
-        if forward is None:
-            raise RuntimeError(
-                "a backward pass went through decoder layers whose shield no longer watches them: run forward and "
-                "backward inside one `with shield:` block, and each backward pass once"
-            )
-        if not forward.layers[self._index].done:
-            shield = self._shield()
-            assert shield is not None, "a shield owns its forward passes"
-            shield._enter_layer(forward, self._index)

@@ -31,9 +31,17 @@ class UpdateProjection:
     Args:
         shield ([`GradientShield`]): Gives reference directions, granularity and combiner.
         optimizer (`torch.optim.Optimizer`): Takes the steps.
+
+    Raises:
+        ValueError: If each of several processes would project its weights against a direction of its own.
     """
 
     def __init__(self, shield: GradientShield, optimizer: Optimizer) -> None:
+        if shield.projection_scope == "rank":
+            raise ValueError(
+                'projection_scope="rank" would project the weights of each process against another direction, and '
+                'they would part; use "global"'
+            )
         self._combiner = shield.combiner
         self._parameters = dict(shield.model.named_parameters())
         self._references: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from transformers import SchedulerType, TrainingArguments
 
 from hf_aegis.gradients.combiners import COMBINERS
+from hf_aegis.gradients.data_parallel import PROJECTION_SCOPES
 from hf_aegis.gradients.projector import GRANULARITIES
 from hf_aegis.gradients.shield import DUAL_BACKWARDS
 
@@ -72,6 +73,11 @@ class AEGISConfig(TrainingArguments):
             With the transport reference, in what metric gradients are projected: `"euclidean"` (AEGIS), or that of
             `"adam"`, in which the projected gradient no longer works against the reference once Adam has rescaled it
             ([`~gradients.AdamMetric`]).
+        projection_scope (`str`, *optional*, defaults to `"global"`):
+            With several processes, what is projected: `"global"`, the gradient of the batch that they share, so that
+            their number makes no difference; it sends both gradients, with every micro-batch. `"rank"`: each process's
+            own gradient, before the mean is taken; it sends no more than plain data parallelism, but the mean may
+            work against the reference of the whole batch, and `projection.jsonl` tells of the main process alone.
         restoring (`float`, *optional*, defaults to `0.0`):
             With the transport reference, adds the reference gradient to the projected one at this share of the task
             gradient's length, so that what is lost is sought again. Zero is AEGIS.
@@ -150,6 +156,10 @@ class AEGISConfig(TrainingArguments):
     projection_metric: str = field(
         default="euclidean", metadata={"help": "In what metric it is projected.", "choices": PROJECTION_METRICS}
     )
+    projection_scope: str = field(
+        default="global",
+        metadata={"help": "What is projected with several processes.", "choices": PROJECTION_SCOPES},
+    )
     restoring: float = field(default=0.0, metadata={"help": "Share of the reference gradient that is added."})
     subspace_energy: float | None = field(default=None, metadata={"help": "Share of the inputs' energy to hold."})
     subspace_energies: dict[str, float] | None = field(
@@ -180,6 +190,7 @@ class AEGISConfig(TrainingArguments):
             ("granularity", GRANULARITIES),
             ("projection_target", PROJECTION_TARGETS),
             ("projection_metric", PROJECTION_METRICS),
+            ("projection_scope", PROJECTION_SCOPES),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, found {value!r}")
@@ -246,6 +257,7 @@ class AEGISConfig(TrainingArguments):
             self._refuse_without_effect(
                 f'preserve="{self.preserve}"',
                 *("reference", "combiner", "granularity", "penalty_scale", "projection_eps", "dual_backward"),
+                "projection_scope",
                 *_TRANSPORT_ALONE,
             )
         elif self.reference != "replay":
@@ -275,6 +287,11 @@ class AEGISConfig(TrainingArguments):
                 )
         if self.projection_target == "update":
             self._refuse_without_effect('projection_target="update"', "projection_metric")
+            if self.projection_scope == "rank":
+                raise ValueError(
+                    'projection_scope="rank" cannot be combined with projection_target="update": the processes\' '
+                    "weights would part"
+                )
         if self.neuron_cosine_steps and not (self.projects and self.reference == "transport"):
             raise ValueError('neuron_cosine_steps needs preserve="projection" or "both", and reference="transport"')
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.training_args import ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.gradients import Certificate, GradientShield
@@ -21,6 +22,7 @@ from hf_aegis.training.callbacks import (
     LogAtSaves,
     MetricsCallback,
     NonFiniteGuard,
+    ProcessSeeds,
     ProjectionCallback,
     VQACallback,
 )
@@ -55,7 +57,8 @@ class AEGISTrainer(HubTrainer):
     It works on [`PaliGemmaFlowForAction`], on transformers' π0, and on any causal language model with its own loss.
     π0's anchor is collected from π0 itself, `ActivationAnchor.collect(pi0, batches)`; it trains without activation
     checkpointing, which would cut its vision-language model off.
-    Gradient accumulation projects each micro-batch by itself. Training with `args.preserve="none"` and no
+    Gradient accumulation projects each micro-batch by itself. Several processes (`torchrun`) train as one does with a
+    batch as large as all of theirs, unless `args.projection_scope="rank"`. Training with `args.preserve="none"` and no
     `args.penalties` is that of a plain `Trainer`.
 
     The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
@@ -145,11 +148,18 @@ class AEGISTrainer(HubTrainer):
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
         self.anchor = anchor
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED and not engine:
+            # What is kept is what the main process begins with, as what is trained is.
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    torch.distributed.broadcast(parameter.data, 0)
         self._expert = expert_parameters(self.model, args.expert_modules)
         replay = None
         if args.needs_replay:
             size = args.replay_batch_size or args.per_device_train_batch_size
-            replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed)
+            share = (args.process_index, args.world_size)
+            replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed, *share)
         self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, self._trained)
         self.shield = self.preservation.shield
         if self.preservation.held is not None:
@@ -170,6 +180,7 @@ class AEGISTrainer(HubTrainer):
             self._expert_load = ExpertLoadCallback(model.base_model.routing_records, args.output_dir)
             self.add_callback(self._expert_load)
         self.add_callback(NonFiniteGuard())
+        self.add_callback(ProcessSeeds())
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
             if args.load_best_model_at_end and args.save_only_model:
@@ -206,7 +217,7 @@ class AEGISTrainer(HubTrainer):
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
         number = step * self.args.gradient_accumulation_steps + self._micro_batch[1]
-        with self.preservation.micro_batch(number, 1 / accumulation):
+        with self.preservation.micro_batch(number, 1 / accumulation, model):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
@@ -371,7 +382,7 @@ class AEGISTrainer(HubTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds flow error, penalties, the projection's means and the dropped steps to what the training loop logs."""
         if "loss" in logs:
-            logs = {**logs, **self._task_means.read(self._total), **self.preservation.figures()}
+            logs = {**logs, **self._task_means.read(self._total), **self.preservation.figures(self._total)}
             if self._projection is not None:
                 logs = {**logs, **self._projection.means()}
                 if self._projection.unprotected_steps:

@@ -56,7 +56,8 @@ class ProjectionCallback(TrainerCallback):
     """
     Collects the report of every projected backward pass: means since the last logging step go into the logs, every
     single one as a JSON line into `projection.jsonl`, its totals under `summary`. Reports are read from the device
-    when they are logged. One that is not finite is written as it is, and left out of the means.
+    when they are logged. One that is not finite is written as it is, and left out of the means. Of several processes
+    the main one writes.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -64,6 +65,7 @@ class ProjectionCallback(TrainerCallback):
         self._unread: list[tuple[int, ProjectionReport]] = []
         self._summaries: list[dict[str, float]] = []
         self._unprotected: set[int] = set()
+        self._writes = True
 
     @property
     def unprotected_steps(self) -> int:
@@ -81,7 +83,8 @@ class ProjectionCallback(TrainerCallback):
         """Reads the new reports off the device and writes them."""
         records = [{"step": step, **report.per_group(), "summary": report.summary()} for step, report in self._unread]
         self._summaries += [record["summary"] for record in records]
-        self.lines.append(records)
+        if self._writes:
+            self.lines.append(records)
         self._unread.clear()
         known = self.unprotected_steps
         self._unprotected.update(record["step"] for record in records if _is_unprotected(record))
@@ -104,8 +107,11 @@ class ProjectionCallback(TrainerCallback):
         # What a training that failed left behind.
         self._unread.clear()
         self._summaries.clear()
-        self.lines.rewind(state.global_step)
-        self._unprotected = {record["step"] for record in self.lines.read() if _is_unprotected(record)}
+        self._unprotected.clear()
+        self._writes = state.is_world_process_zero
+        if self._writes:
+            self.lines.rewind(state.global_step)
+            self._unprotected.update(record["step"] for record in self.lines.read() if _is_unprotected(record))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,7 +134,7 @@ class VQACallback(TrainerCallback):
     Evaluates on a fixed hold-out before training, every `steps` steps and after the last one.
 
     Args:
-        holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once.
+        holdout ([`~evaluation.vqa.VQAHoldout`]): Questions, preprocessed once. Each process asks all of them.
         steps (`int`): Steps between evaluations.
         accuracy (`bool`): Whether answers are generated too.
         log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
@@ -202,6 +208,20 @@ class LogAtSaves(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.on_step_end(args, state, control)
+
+
+class ProcessSeeds(TrainerCallback):
+    """
+    Gives each process random numbers of its own: the Trainer seeds all alike, so that samples in different processes
+    would get the same noise and times. The main process's are those of a training in one process.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed training reads the states of its checkpoint's processes later.
+        if args.process_index > 0:
+            torch.manual_seed(args.seed + args.process_index)
 
 
 class NonFiniteGuard(ResumableCallback):

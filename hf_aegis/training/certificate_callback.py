@@ -36,7 +36,8 @@ class CertificateCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.lines.rewind(state.global_step)
+        if state.is_world_process_zero:
+            self.lines.rewind(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

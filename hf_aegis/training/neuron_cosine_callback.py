@@ -55,4 +55,5 @@ class NeuronCosineCallback(ResumableCallback):
         # New objects: a checkpoint under way may hold the old ones.
         self.observed_steps = [*self.observed_steps, state.global_step]
         self.histogram = self.cosines.to_dict()
-        write_text(self.path, json.dumps({**self.histogram, "steps": self.observed_steps}))
+        if state.is_world_process_zero:
+            write_text(self.path, json.dumps({**self.histogram, "steps": self.observed_steps}))

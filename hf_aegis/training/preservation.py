@@ -20,6 +20,7 @@ from hf_aegis.gradients import (
     ReplayShield,
     TransportLoss,
     UpdateProjection,
+    average_over_processes,
     fisher_diagonal,
 )
 from hf_aegis.training.aegis_config import AEGISConfig
@@ -90,11 +91,13 @@ class Preservation:
         self._optimizer: Optimizer | None = None
 
     @contextlib.contextmanager
-    def micro_batch(self, number: int, share: float) -> Iterator[None]:
+    def micro_batch(self, number: int, share: float, wrapper: nn.Module | None = None) -> Iterator[None]:
         """
         Around forward and backward pass of micro-batch `number`, counted over the whole training, which makes up
-        `share` of its optimiser step.
+        `share` of its optimiser step. `wrapper` is what the forward pass goes through, where it is not the model.
         """
+        if self.shield is not None and wrapper is not None:
+            self.shield.wrapper = wrapper
         self._number, self._share = number, share
         if isinstance(self.shield, ReplayShield):
             self.shield.step, self.shield.replay_scale = number, share
@@ -121,10 +124,13 @@ class Preservation:
         weighted = [self._penalties[name] * value for name, value in values.items()]
         return torch.stack(weighted).sum() if weighted else None
 
-    def figures(self) -> dict[str, float]:
-        """Means of the added losses since the last call, and the weight penalties' present values."""
+    def figures(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """
+        Means of the added losses since the last call, and the weight penalties' present values. `total` sums a tensor
+        over processes.
+        """
         weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
-        return {**self.means.read(), **weights}
+        return {**self.means.read(total), **weights}
 
     @staticmethod
     def _hold(model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
@@ -151,6 +157,7 @@ class Preservation:
             "granularity": args.granularity,
             "projection_eps": args.projection_eps,
             "layers": args.decoder_layers,
+            "projection_scope": args.projection_scope,
             # The trainer's guard drops the whole step, and has to see why.
             "drop_non_finite": False,
         }
@@ -158,7 +165,8 @@ class Preservation:
             return ReplayShield(model, self._next_replay_loss, combiner=args.combiner, seed=args.seed, **options)
         assert anchor is not None
         if args.reference == "replayed_transport":
-            transport = TransportLoss(model, anchor, layers=args.decoder_layers)
+            scope: Any = args.projection_scope
+            transport = TransportLoss(model, anchor, layers=args.decoder_layers, scope=scope)
             return ReplayShield(model, partial(self._next_replayed_penalty, transport), seed=args.seed, **options)
         return GradientShield(
             model,
@@ -194,6 +202,15 @@ class Preservation:
             raise ValueError(
                 f"fisher_samples={args.fisher_samples}, but replay_dataset has {len(self._replay.dataset)} samples"
             )
+        rank, size = args.process_index, args.world_size
+        if args.fisher_samples < size:
+            raise ValueError(f"fisher_samples={args.fisher_samples} are fewer than the {size} processes")
         singles = ReplayBatches(self._replay.dataset, self._replay.collator, 1, args.seed + _FISHER_STREAM)
-        batches = (singles[number] for number in range(args.fisher_samples))
-        return fisher_diagonal(model, weights, batches, loss=lambda _, batch: self._replay_loss(batch))
+        # Each process has its share of the samples, and all come to the same information.
+        mine = range(rank, args.fisher_samples, size)
+        batches = (singles[number] for number in mine)
+        fisher = fisher_diagonal(model, weights, batches, loss=lambda _, batch: self._replay_loss(batch))
+        if size == 1:
+            return fisher
+        weighted = {name: value * (len(mine) * size / args.fisher_samples) for name, value in fisher.items()}
+        return average_over_processes(weighted)

@@ -1,5 +1,6 @@
 """One training run from arguments alone: data, model, anchor, hold-out, trainer, result."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -58,7 +59,7 @@ def run_training(
     The output folder gets everything that the run needs to be repeated: the resolved recipe, versions and data
     fingerprints, metrics as JSON lines, the model with its processor, `result.json`, and a model card. A finished run
     with the same recipe is not run again. With `args.push_to_hub` it is pushed when all that is written, also if it
-    was finished before.
+    was finished before. Of several processes (`torchrun -m hf_aegis train ...`) the main one writes and pushes.
 
     Args:
         run ([`RunArguments`]): What is trained on what.
@@ -82,9 +83,10 @@ def run_training(
     """
     assert args.output_dir is not None
     folder = Path(args.output_dir)
-    with locked_folder(folder):
+    main = args.process_index == 0
+    with locked_folder(folder) if main else contextlib.nullcontext():
         result = _run_in(folder, run, args)
-        if args.push_to_hub:
+        if args.push_to_hub and main:
             if illustrate is not None:
                 illustrate(folder)
             repo_id = args.hub_model_id or folder.resolve().name
@@ -133,9 +135,13 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         # No loss would reach it.
         model.model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    main = args.process_index == 0
+    if main:
+        write_text(folder / RECIPE_FILE, recipe.to_yaml())
     analysis = (
-        Analysis(folder, run, processor, train, args.per_device_train_batch_size) if run.analysis_samples else None
+        Analysis(folder, run, processor, train, args.per_device_train_batch_size)
+        if run.analysis_samples and main
+        else None
     )
     if analysis is not None:
         model.to(args.device)  # type: ignore[arg-type]
@@ -164,6 +170,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     experts = ExpertSpectra(trained) if run.gse is not None else None
     unfinished = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint if unfinished is None else str(unfinished))
+    # The main process writes what all of them read below.
+    trainer.accelerator.wait_for_everyone()
     if run.interpolates:
         share = _interpolate(trainer, pretrained, run, VQAHoldout(replayed, processor) if replayed else None)
         if run.settling_steps:
@@ -205,15 +213,18 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     if analysis is not None:
         analysis.after(policy)
     if experts is not None:
-        (folder / EXPERT_SPECTRA_FILE).parent.mkdir(exist_ok=True)
-        write_text(folder / EXPERT_SPECTRA_FILE, json.dumps(finite_json(experts.compare(policy))))
+        spectra = finite_json(experts.compare(policy))
+        if main:
+            (folder / EXPERT_SPECTRA_FILE).parent.mkdir(exist_ok=True)
+            write_text(folder / EXPERT_SPECTRA_FILE, json.dumps(spectra))
         # Projector and expert stay as they were trained.
         trainer.model = trainer.model_wrapped = trained.unload()
     # Not to be pushed before the result is there.
     trainer.save_model(str(folder), _internal_call=True)
     result = finite_json(result)
-    write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
-    write_card(folder)
+    if main:
+        write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
+        write_card(folder)
     return result
 
 

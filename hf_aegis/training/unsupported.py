@@ -1,7 +1,10 @@
 """Ways of training in which what keeps the knowledge, or the training itself, would silently not be right."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PI0ForConditionalGeneration
 from transformers.training_args import OptimizerNames, ParallelMode
 
@@ -20,7 +23,12 @@ def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
         what = f"preserve={args.preserve!r}"
     else:
         return
-    sharded = {"DeepSpeed": args.deepspeed is not None, "FSDP": bool(args.fsdp)}
+    sharded = {
+        "DeepSpeed, which takes gradients over inside its backward pass; train with torchrun alone "
+        "(DistributedDataParallel), or see FSDP": args.deepspeed is not None,
+        "FSDP in the Trainer; shard the model with torch's fully_shard and train it in a loop of your own, with "
+        "ShardedGradientShield or HeldSubspace": bool(args.fsdp),
+    }
     # Held subspaces need nothing but the weights after each step.
     reasons = sharded | (_in_backward(model, args) if args.projects or args.penalties else {})
     for reason, applies in reasons.items():
@@ -33,8 +41,13 @@ def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
     optimizer = OptimizerNames(args.optim).value
     stepping_inside = any(name in optimizer for name in ("lomo", "layerwise"))
     narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
+    split: Any = args.parallelism_config
+    sizes = [getattr(split, name, 1) for name in ("tp_size", "cp_size", "sp_size")]
     return {
-        "several processes (the statistics are not reduced over ranks)": args.world_size > 1,
+        "tensor, context or sequence parallelism, whose processes do not each have samples of their own": any(
+            size > 1 for size in sizes
+        )
+        or any(isinstance(p, DTensor) for p in model.parameters()),
         "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
         == ParallelMode.NOT_DISTRIBUTED,
         "torch.compile": args.torch_compile,

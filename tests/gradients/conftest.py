@@ -207,24 +207,25 @@ class Case:
         return projected, scalars
 
 
+def build_case(kind="gemma2", dtype=torch.float64, seed=0, checkpointing=False, push=2.0, size=3, **options):
+    """Builds a [`Case`]; the model is in training mode."""
+    torch.manual_seed(seed)
+    model = BUILDERS[kind](**options)
+    anchor = ActivationAnchor.collect(model, [_batch(kind, torch.float32, seed=7)], progress=False)
+    generator = torch.Generator().manual_seed(3)
+    anchor = copy.copy(anchor)
+    anchor.mean = anchor.mean + torch.randn(anchor.mean.shape, generator=generator)
+    anchor.variance = anchor.variance * (0.5 + torch.rand(anchor.variance.shape, generator=generator))
+    model = model.to(dtype).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return Case(kind, model, _batch(kind, dtype, size=size), anchor, push)
+
+
 @pytest.fixture(scope="session")
 def make_case():
-    """Builds a [`Case`]; the model is in training mode."""
-
-    def make(kind="gemma2", dtype=torch.float64, seed=0, checkpointing=False, push=2.0, **options):
-        torch.manual_seed(seed)
-        model = BUILDERS[kind](**options)
-        anchor = ActivationAnchor.collect(model, [_batch(kind, torch.float32, seed=7)], progress=False)
-        generator = torch.Generator().manual_seed(3)
-        anchor = copy.copy(anchor)
-        anchor.mean = anchor.mean + torch.randn(anchor.mean.shape, generator=generator)
-        anchor.variance = anchor.variance * (0.5 + torch.rand(anchor.variance.shape, generator=generator))
-        model = model.to(dtype).train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        return Case(kind, model, _batch(kind, dtype), anchor, push)
-
-    return make
+    """[`build_case`]."""
+    return build_case
 
 
 @pytest.fixture(scope="session")
@@ -275,19 +276,20 @@ def make_batch():
     return _batch
 
 
+def check_same(found, expected, tolerance):
+    """Asserts a relative difference over all gradients together, and that the same ones are missing."""
+    assert found.keys() == expected.keys()
+    assert [n for n, v in found.items() if v is None] == [n for n, v in expected.items() if v is None]
+    names = [n for n, v in expected.items() if v is not None]
+    for name in names:
+        assert torch.isfinite(found[name]).all(), name
+    difference = sum((found[n].double() - expected[n].double()).square().sum() for n in names).sqrt()
+    norm = sum(expected[n].double().square().sum() for n in names).sqrt()
+    assert norm > 0
+    assert difference <= tolerance * norm, f"relative difference {float(difference / norm):.2e}"
+
+
 @pytest.fixture(scope="session")
 def assert_same():
-    """Asserts a relative difference over all gradients together, and that the same ones are missing."""
-
-    def check(found, expected, tolerance):
-        assert found.keys() == expected.keys()
-        assert [n for n, v in found.items() if v is None] == [n for n, v in expected.items() if v is None]
-        names = [n for n, v in expected.items() if v is not None]
-        for name in names:
-            assert torch.isfinite(found[name]).all(), name
-        difference = sum((found[n].double() - expected[n].double()).square().sum() for n in names).sqrt()
-        norm = sum(expected[n].double().square().sum() for n in names).sqrt()
-        assert norm > 0
-        assert difference <= tolerance * norm, f"relative difference {float(difference / norm):.2e}"
-
-    return check
+    """[`check_same`]."""
+    return check_same

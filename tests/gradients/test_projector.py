@@ -12,12 +12,12 @@ def test_bending_without_reading_alpha_gives_the_same(dtype):
     gradient, reference = torch.randn(2, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
     alpha = torch.tensor(-0.3712345, dtype=torch.promote_types(dtype, torch.float32))
     read, unread = gradient.clone(), gradient.clone()
-    projector._bend(read, reference, alpha)
+    projector.bend(read, reference, alpha)
     projector._bend_on_device(unread, reference, alpha)
     torch.testing.assert_close(unread, read)
     assert not torch.equal(unread, gradient)
     poisoned = torch.full_like(reference, float("nan"))
-    for bend in (projector._bend, projector._bend_on_device):
+    for bend in (projector.bend, projector._bend_on_device):
         untouched = gradient.clone()
         bend(untouched, poisoned, torch.zeros_like(alpha))
         assert torch.equal(untouched, gradient)

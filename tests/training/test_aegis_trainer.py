@@ -378,6 +378,8 @@ def test_frozen_decoder_is_an_error(make_language_model, make_anchor, make_args,
         ({"expert_ema_decay": 1.0}, r"expert_ema_decay must lie in \[0, 1\), found 1.0"),
         ({"frozen_modules": ["layers.0", "visoin_tower"]}, "no module whose path ends with 'visoin_tower'"),
         ({"expert_modules": ["expert"]}, "no module 'expert'"),
+        ({"projection_scope": "node"}, "projection_scope must be one of"),
+        ({"projection_scope": "rank", "projection_target": "update"}, "cannot be combined with projection_target"),
         ({"torch_compile": True}, "not supported with torch.compile"),
         ({"optim": "lomo"}, "not supported with the optimiser .*lomo"),
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["mlp"]}, "steps inside the backward pass"),
@@ -392,6 +394,23 @@ def test_wrong_arguments_are_refused(make_language_model, make_anchor, make_args
     with pytest.raises(ValueError, match=message):
         AEGISTrainer(model, make_args(**changes), anchor, train_dataset=token_dataset)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("deepspeed", {"zero_optimization": {"stage": 2}}, "DeepSpeed, which takes gradients over.*torchrun"),
+        ("fsdp", "full_shard", "FSDP in the Trainer; .*ShardedGradientShield"),
+        ("parallelism_config", SimpleNamespace(tp_size=2), "tensor, context or sequence parallelism"),
+    ],
+)
+def test_engines_that_would_not_be_right_are_refused(
+    make_language_model, make_anchor, make_args, token_dataset, name, value, message
+):
+    model, args = make_language_model(), make_args()
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"not supported with {message}"):
+        AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset)
 
 
 def test_half_precision_with_the_projection(make_language_model, make_anchor, make_args, token_dataset):

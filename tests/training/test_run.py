@@ -301,22 +301,6 @@ def test_what_a_run_costs(make_language_model, make_args, token_dataset):
         assert resources.peak_mb >= small + 40
 
 
-def test_parallel_training_with_the_projection_is_refused(make_language_model, make_anchor, make_args, token_dataset):
-    model = make_language_model()
-
-    class TwoProcesses(AEGISConfig):
-        world_size = property(lambda self: 2)
-
-    def parallel(**changes):
-        args = make_args(**changes)
-        args.__class__ = TwoProcesses
-        return args
-
-    with pytest.raises(ValueError, match="not supported with several processes"):
-        AEGISTrainer(model, parallel(), make_anchor(model), train_dataset=token_dataset)
-    AEGISTrainer(model, parallel(preserve="none"), train_dataset=token_dataset)
-
-
 def test_with_a_gradient_scaler_the_guard_stands_aside():
     parameter = torch.nn.Linear(1, 1)
     for fp16, skipped in ((True, 0), (False, 1)):

@@ -1,0 +1,192 @@
+"""The processes that train one model, each on its share of a batch."""
+
+import contextlib
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_aegis.functional.moments import Moments, masked_moments, merge_moments
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+ProjectionScope = Literal["global", "rank"]
+PROJECTION_SCOPES: tuple[ProjectionScope, ...] = ("global", "rank")
+
+
+class LayerMoments(NamedTuple):
+    """Mean `(D,)`, population variance `(D,)` and number of tokens `()` of a layer's output."""
+
+    mean: Tensor
+    variance: Tensor
+    # Named as in `Moments`; a tuple's own method is of no use here.
+    count: Tensor  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, hidden: Tensor, mask: Tensor | None) -> "LayerMoments":
+        """Those of hidden states `(B, T, D)` where `mask` `(B, T)` says that a token counts; differentiable."""
+        return cls(*masked_moments(hidden, mask))
+
+    def merged(self, other: "LayerMoments") -> "LayerMoments":
+        """Those of both together; differentiable."""
+        both = merge_moments(self._mergeable(), other._mergeable())
+        return LayerMoments(both.mean, both.variance, both.count)
+
+    def _mergeable(self) -> Moments:
+        return Moments(self.count, self.mean, self.variance * self.count)
+
+
+class SharedMoments(NamedTuple):
+    """
+    Moments of all layers over a batch that is spread over processes.
+
+    Attributes:
+        total (`list[LayerMoments]`): Over all processes; bit for bit the same in each.
+        others (`list[LayerMoments]`): Over all processes but this one.
+    """
+
+    total: list[LayerMoments]
+    others: list[LayerMoments]
+
+
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The `DistributedDataParallel` that `model` is, or that `torch.compile` has wrapped."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+def inside_ddp(model: nn.Module) -> nn.Module:
+    """The model that a `DistributedDataParallel` trains; `model` itself where it is none."""
+    ddp = find_ddp(model)
+    return model if ddp is None else ddp.module
+
+
+def find_process_group(model: nn.Module, process_group: "ProcessGroup | None" = None) -> "ProcessGroup | None":
+    """
+    The processes that `model` is trained by.
+
+    Args:
+        model (`torch.nn.Module`): What is trained, wrapped or not.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            By default that of a `DistributedDataParallel`, else all processes, if torch.distributed was initialised.
+
+    Returns:
+        `torch.distributed.ProcessGroup`: `None` where one process trains alone.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if process_group is None:
+        ddp = find_ddp(model)
+        process_group = distributed.group.WORLD if ddp is None else ddp.process_group
+    return process_group if distributed.get_world_size(process_group) > 1 else None
+
+
+@contextlib.contextmanager
+def without_ddp_reduction(model: nn.Module) -> Iterator[bool]:
+    """
+    A block in which `DistributedDataParallel` leaves gradients alone. Yields whether it would have reduced them; that
+    it would not is how loops that accumulate gradients (`no_sync`) say that more micro-batches will follow.
+    """
+    ddp = find_ddp(model)
+    if ddp is None:
+        yield True
+        return
+    wanted = bool(ddp.require_backward_grad_sync)
+    with ddp.no_sync():
+        yield wanted
+
+
+def refuse_ddp_reduction() -> None:
+    """
+    Raises:
+        RuntimeError: If the forward pass under way is that of a `DistributedDataParallel` which will reduce gradients.
+    """
+    active: Any = DistributedDataParallel._get_active_ddp_module()
+    if active is not None and active.require_backward_grad_sync:
+        raise RuntimeError(
+            "DistributedDataParallel would reduce the gradients before they are projected, and again afterwards: make "
+            "the shield for the DistributedDataParallel itself, not for the model inside of it"
+        )
+
+
+class MomentsExchange:
+    """
+    Brings the moments of all processes together.
+
+    Args:
+        process_group (`torch.distributed.ProcessGroup`): The processes.
+    """
+
+    def __init__(self, process_group: "ProcessGroup") -> None:
+        self.process_group = process_group
+        self._seen: set[int] = set()
+
+    @torch.no_grad()
+    def __call__(self, moments: Sequence[LayerMoments], names: Iterable[str] = ()) -> SharedMoments:
+        """
+        One collective for all layers.
+
+        Args:
+            moments (`Sequence[LayerMoments]`): Those of this process, layer by layer.
+            names (`Iterable[str]`): What has to be the same in all processes, or their next collectives would not fit.
+
+        Raises:
+            RuntimeError: If `names` differ. On an accelerator this is looked at where they are new to this process
+                only, since the host would wait for the device each time.
+        """
+        # 24 bits, which float32 holds exactly.
+        signature = zlib.crc32("\n".join(names).encode()) >> 8
+        rows = [torch.cat([m.mean, m.variance, m.count[None]]) for m in moments]
+        mine = torch.cat([*rows, rows[0].new_full((1,), float(signature))]).detach()
+        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.process_group))]
+        distributed.all_gather(everyone, mine, group=self.process_group)
+        if mine.device.type == "cpu" or signature not in self._seen:
+            self._seen.add(signature)
+            signatures = [int(theirs[-1]) for theirs in everyone]
+            if len(set(signatures)) > 1:
+                raise RuntimeError(
+                    "the processes' backward passes use different parameters, so that their gradients cannot be "
+                    "brought together: give each process a batch of the same make (all with images, for instance)"
+                )
+        rank = distributed.get_rank(self.process_group)
+        # Layers are stacked, `(L, D)`, so that a merge is one operation for all.
+        tables = [_unstacked(theirs[:-1].view(len(rows), -1)) for theirs in everyone]
+        return SharedMoments(_merge(tables), _merge([table for other, table in enumerate(tables) if other != rank]))
+
+
+def total_over_processes(value: Tensor, process_group: "ProcessGroup | None") -> Tensor:
+    """The sum of `value` over the processes, without a graph; `value` itself where one process is alone."""
+    if process_group is None:
+        return value
+    value = value.detach().clone()
+    distributed.all_reduce(value, group=process_group)
+    return value
+
+
+def as_share(value: Tensor, process_group: "ProcessGroup | None") -> Tensor:
+    """
+    A value that is the same in all processes, and that each of them can differentiate with respect to its own share of
+    the batch only: with a gradient whose *mean* over processes, which data parallelism takes, is the whole one.
+    """
+    if process_group is None:
+        return value
+    size = distributed.get_world_size(process_group)
+    return size * value - (size - 1) * value.detach()
+
+
+def _unstacked(table: Tensor) -> LayerMoments:
+    mean, variance, count = table.split([table.shape[1] // 2, table.shape[1] // 2, 1], dim=1)
+    return LayerMoments(mean, variance, count)
+
+
+def _merge(tables: Sequence[LayerMoments]) -> list[LayerMoments]:
+    merged = tables[0]
+    for table in tables[1:]:
+        merged = merged.merged(table)
+    return [LayerMoments(mean, variance, count[0]) for mean, variance, count in zip(*merged, strict=True)]
