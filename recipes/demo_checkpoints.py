@@ -127,9 +127,9 @@ def _write_model(run: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     PaliGemmaFlowProcessor.from_pretrained(run).save_pretrained(folder)
-    # Three of them ship: without indentation a tokenizer is half as large.
-    tokenizer = folder / "tokenizer.json"
-    write_text(tokenizer, json.dumps(json.loads(tokenizer.read_text()), ensure_ascii=False, separators=(",", ":")))
+    # Three of them ship: without indentation a tokenizer is half as large, and so are the statistics.
+    for file in (folder / "tokenizer.json", folder / "processor_config.json"):
+        write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
     # What says how the tokenizer was loaded says nothing about it.
     settings = folder / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(settings.read_text()).items() if key not in _HOW_LOADED}
