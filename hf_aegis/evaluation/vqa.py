@@ -120,11 +120,18 @@ class VQAHoldout:
 
     def ask(self, model: torch.nn.Module, cross_entropy: bool = True, accuracy: bool = True) -> list[VQARecord]:
         """What comes of each question, in their order; see `evaluate`."""
-        records = self._teacher_forced_records(model) if cross_entropy else self._records
-        return self._answered(model, records) if accuracy else records
+        if not cross_entropy:
+            return self._answered(model, self._records)
+        records, settled = self._teacher_forced_records(model)
+        return self._answered(model, records, settled) if accuracy else records
 
-    def _teacher_forced_records(self, model: torch.nn.Module) -> list[VQARecord]:
+    def _teacher_forced_records(self, model: torch.nn.Module) -> tuple[list[VQARecord], list[bool]]:
+        """
+        The records with their cross-entropies, and whether each of the ground truth's tokens, its end-of-sequence
+        token included, is the likeliest one after those before it: greedy generation then gives just these tokens.
+        """
         values: list[float] = []
+        settled: list[bool] = []
         with evaluating(model) as device:
             for indices in self._batches("VQA cross-entropy"):
                 inputs = self._teacher_forced(indices, device)
@@ -135,27 +142,41 @@ class VQAHoldout:
                 labels = labels[:, answered]
                 losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
                 values += (losses.sum(1) / (labels != -100).sum(1)).tolist()
-        return [
+                settled += ((logits.argmax(-1) == labels) | (labels == -100)).all(1).tolist()
+        records = [
             dataclasses.replace(record, cross_entropy=value)
             for record, value in zip(self._records, values, strict=True)
         ]
+        return records, settled
 
-    def _answered(self, model: torch.nn.Module, records: list[VQARecord]) -> list[VQARecord]:
-        predictions: list[str] = []
+    def _answered(
+        self, model: torch.nn.Module, records: list[VQARecord], settled: Sequence[bool] = ()
+    ) -> list[VQARecord]:
+        """Generates the answers, but for those that are settled to be the ground truth."""
+        predictions: dict[int, str] = {}
+        ends = _end_tokens(model)
+        for index, known in enumerate(settled):
+            labels = self._rows[index]["labels"]
+            tokens = labels[labels != -100]
+            if known and len(tokens) <= self._max_new_tokens and int(tokens[-1]) in ends:
+                predictions[index] = self._tokenizer.decode(tokens, skip_special_tokens=True)
         with evaluating(model) as device:
-            for indices in self._batches("VQA accuracy"):
+            for indices in self._batches("VQA accuracy", [i for i in range(len(self)) if i not in predictions]):
                 inputs = self._prompts(indices, device)
                 tokens = model.generate(  # type: ignore[operator]
                     **inputs, max_new_tokens=self._max_new_tokens, do_sample=False, num_beams=1, use_cache=True
                 )
                 answers = tokens[:, inputs["input_ids"].shape[1] :]
-                predictions += self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [record.answered(prediction) for record, prediction in zip(records, predictions, strict=True)]
+                predictions |= zip(
+                    indices, self._tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True
+                )
+        return [record.answered(predictions[index]) for index, record in enumerate(records)]
 
-    def _batches(self, description: str) -> Iterator[list[int]]:
-        starts = range(0, len(self), self.batch_size)
+    def _batches(self, description: str, among: Sequence[int] | None = None) -> Iterator[list[int]]:
+        among = range(len(self)) if among is None else among
+        starts = range(0, len(among), self.batch_size)
         for start in tqdm(starts, desc=description, leave=False, disable=None if self.progress else True):
-            yield list(range(start, min(start + self.batch_size, len(self))))
+            yield list(among[start : start + self.batch_size])
 
     def _teacher_forced(self, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
         return self._pad([self._rows[index] for index in indices], "right", indices, device)
@@ -177,6 +198,12 @@ class VQAHoldout:
         }
         batch["pixel_values"] = torch.stack([self._images[self._image_of[index]] for index in indices])
         return {key: value.to(device) for key, value in batch.items()}
+
+
+def _end_tokens(model: torch.nn.Module) -> set[int]:
+    """The tokens at which the model's generation ends."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def fingerprint(prompt: str, records: Sequence[VQARecord]) -> str:

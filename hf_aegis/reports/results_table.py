@@ -87,6 +87,7 @@ COLUMNS = (
     Column("libero_success", "LIBERO success (%)", ".1f", 100),
     Column("libero_crashed", "LIBERO episodes crashed", ".0f", spread=False, total=True),
     Column("step_ms", "step (ms)", ".0f"),
+    Column("step_processor_ms", "step, processor time (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
     Column("throttle_rate", "throttle rate (%)", ".1f", 100),

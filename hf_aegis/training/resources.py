@@ -56,34 +56,48 @@ class ResourceCallback(ResumableCallback):
 
     Attributes:
         seconds (`list[float]`): Time of each step, in seconds.
+        processor_seconds (`list[float]`):
+            Processor time of each step, of all threads, in seconds. Other work on the machine hardly changes it.
         peak_mb (`float`): Highest memory during a step, in MB; see [`peak_memory_mb`].
     """
 
-    initial: ClassVar = {"seconds": [], "peak_mb": 0.0}
+    initial: ClassVar = {"seconds": [], "processor_seconds": [], "peak_mb": 0.0}
     seconds: list[float]
+    processor_seconds: list[float]
     peak_mb: float
-    _start = 0.0
+    _start = _processor_start = 0.0
 
     @property
     def step_ms(self) -> float:
         """Median time of a step, in milliseconds; not a number before the first one."""
-        return 1e3 * statistics.median(self.seconds) if self.seconds else float("nan")
+        return _median_ms(self.seconds)
+
+    @property
+    def step_processor_ms(self) -> float:
+        """Median processor time of a step, in milliseconds; not a number before the first one."""
+        return _median_ms(self.processor_seconds)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         reset_peak_memory()
         self._synchronize()
-        self._start = time.perf_counter()
+        self._start, self._processor_start = time.perf_counter(), time.process_time()
 
-    def on_optimizer_step(
+    # What other callbacks do to the weights after an optimiser step is a part of the step.
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._synchronize()
         self.seconds.append(round(time.perf_counter() - self._start, 6))
+        self.processor_seconds.append(round(time.process_time() - self._processor_start, 6))
         self.peak_mb = max(self.peak_mb, peak_memory_mb())
 
     @staticmethod
     def _synchronize() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def _median_ms(seconds: list[float]) -> float:
+    return 1e3 * statistics.median(seconds) if seconds else float("nan")

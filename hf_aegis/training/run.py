@@ -73,8 +73,8 @@ def run_training(
         with interpolated weights `weight_share`, the share of the fine-tuned ones;
         with a reference gradient the means of its figures over training; with a certificate `certificate_layers` (the
         largest deviation of a layer), `certificate_logits` and `certificate_divergence` at the end of training;
-        `step_ms`, `peak_memory_mb`, `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced
-        them.
+        `step_ms` and `step_processor_ms` (medians), `peak_memory_mb`, `trainable_parameters`, `skipped_steps` and
+        `unprotected_steps`; and what produced them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument
@@ -193,6 +193,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "flow_mse": flow["eval_flow_mse"],
         **action_errors(run, policy, processor, held_out),
         "step_ms": resources.step_ms,
+        "step_processor_ms": resources.step_processor_ms,
         "peak_memory_mb": resources.peak_mb,
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),

@@ -43,6 +43,35 @@ def test_its_cross_entropy_is_low(model, processor):
     assert VQAHoldout(load_easy_vqa("test", 200, seed=0), processor).evaluate_cross_entropy(model).cross_entropy < 0.15
 
 
+def test_answers_that_teacher_forcing_settles_are_those_that_are_generated(model, processor, monkeypatch):
+    # Noise that makes a part of the answers wrong, some of them by a late token only.
+    generator = torch.Generator().manual_seed(0)
+    kept = model.state_dict()
+    noisy = {
+        name: t + 1.5 * t.std() * torch.randn(t.shape, generator=generator)
+        for name, t in kept.items()
+        if "layers.0." in name
+    }
+    holdout = VQAHoldout(load_easy_vqa("test", 200, seed=1), processor)
+    kept = {name: kept[name].clone() for name in noisy}
+    model.load_state_dict(noisy, strict=False)
+    try:
+        generated = holdout.evaluate_accuracy(model)
+        asked = []
+        monkeypatch.setattr(
+            model,
+            "generate",
+            lambda **inputs: asked.append(len(inputs["input_ids"])) or type(model).generate(model, **inputs),
+        )
+        settled = holdout.evaluate(model)
+    finally:
+        model.load_state_dict(kept, strict=False)
+    assert settled.predictions == generated.predictions
+    assert 0.2 < generated.accuracy < 0.95
+    # Only what is not settled is generated.
+    assert sum(asked) == round(200 * (1 - generated.accuracy))
+
+
 @pytest.mark.slow
 def test_it_scores_on_the_whole_test_split_what_its_card_says(model, processor, evaluation):
     result = VQAHoldout(load_easy_vqa("test"), processor).evaluate(model)

@@ -109,7 +109,7 @@ def test_what_is_finished_is_not_repeated(recipe, copied):
     assert repeated == [("subspace_99", 0)]
     assert model.stat().st_mtime_ns == before
     found = json.loads(lost.read_text())
-    costs = ("step_ms", "peak_memory_mb")
+    costs = ("step_ms", "step_processor_ms", "peak_memory_mb")
     assert {k: v for k, v in found.items() if k not in costs} == {k: v for k, v in expected.items() if k not in costs}
 
 
