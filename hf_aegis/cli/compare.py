@@ -29,6 +29,9 @@ class CompareArguments:
             Fields of `hf-aegis eval-libero`, such as `suite` and `episodes`, but for what is evaluated and where that
             is written: each trained model then acts in the simulator. Unless the section says otherwise, it sees
             pictures like its demonstrations'.
+        gap (`list[str]`, *optional*):
+            Two conditions, one that learns little and one that learns much: the table then says which share of the gap
+            between their flow losses, with the same seed, each run closes.
         only (`list[str]`, *optional*): The conditions to run now; by default all.
         jobs (`int`, *optional*):
             Processes side by side, which share the cores. By default as many as before in this folder, with as many
@@ -45,6 +48,7 @@ class CompareArguments:
     override: dict[str, Any] | None = field(default=None, metadata={"help": "Fields for all, above their own."})
     anchors: dict[str, Any] | None = field(default=None, metadata={"help": "By name, fields of `anchor`, as JSON."})
     libero: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of `eval-libero`, as JSON."})
+    gap: list[str] | None = field(default=None, metadata={"help": "Two conditions; the table tells shares between."})
     only: list[str] | None = field(default=None, metadata={"help": "The conditions to run now; default: all."})
     jobs: int | None = field(default=None, metadata={"help": "Processes side by side; default: one per GPU or core."})
 
@@ -59,6 +63,8 @@ class CompareArguments:
             raise ValueError(f"seeds must be different numbers, at least one, found {self.seeds}")
         if unknown := sorted(set(self.only or ()) - self.conditions.keys()):
             raise ValueError(f"only: unknown conditions {unknown}, expected some of {list(self.conditions)}")
+        if self.gap is not None and (len({*self.gap}) != 2 or len(self.gap) != 2 or {*self.gap} - {*self.conditions}):
+            raise ValueError(f"gap must be two different conditions of {list(self.conditions)}, found {self.gap}")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, found {self.jobs}")
 
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         anchors=used,
         questions=_questions(next(iter(conditions.values()))),
         libero=asked.libero,
+        gap=tuple(asked.gap) if asked.gap is not None else None,
         only=tuple(asked.only) if asked.only is not None else None,
     )
     if (missing := _cannot_draw()) is not None:

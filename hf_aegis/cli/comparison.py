@@ -87,6 +87,7 @@ class Comparison:
             Options of `hf-aegis eval-vqa`, which asks the model before training; `None` for no questions.
         libero (`Mapping`, *optional*):
             Fields of `hf-aegis eval-libero`, which lets each trained model act; `None` for no rollouts.
+        gap (`tuple[str, ...]`, *optional*): The two conditions between whose flow losses shares are told.
         only (`tuple[str, ...]`, *optional*): The conditions to run now; by default all.
     """
 
@@ -97,6 +98,7 @@ class Comparison:
     anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     questions: Mapping[str, Any] | None = None
     libero: Mapping[str, Any] | None = None
+    gap: tuple[str, ...] | None = None
     only: tuple[str, ...] | None = None
 
     @property
@@ -260,6 +262,7 @@ class Comparison:
             "seeds": sorted({*earlier["seeds"], *self.seeds}),
             "questions": self.questions,
             "libero": earlier.get("libero") if self.libero is None else dict(self.libero),
+            "gap": earlier.get("gap") if self.gap is None else list(self.gap),
             "anchors": earlier["anchors"] | {name: self.anchors[name] for name in self.chosen_anchors},
             # In this comparison's order, after those that only the earlier one had.
             "conditions": {name: own for name, own in earlier["conditions"].items() if name not in self.conditions}

@@ -28,15 +28,16 @@ FIGURES_FOLDER = "figures"
 
 # Of questions that have both, such as VQAv2's with its 65 types of question, the types of answer are the ones told.
 _BY_TYPE = ("vqa_accuracy_by_answer_type.", "vqa_accuracy_by_type.")
-_COST = ("step_ms", "peak_memory_mb", "trainable_parameters")
+_COST = ("step_ms", "step_processor_ms", "peak_memory_mb", "trainable_parameters")
 _ANSWERS = ("vqa_cross_entropy", "vqa_accuracy", "vqa_accuracy_change", "vqa_any_match")
-_ACTIONS = ("flow_mse", "action_mse")
+_ACTIONS = ("flow_mse", "flow_gap_share", "action_mse")
 _CLOSED_LOOP = ("libero_success", "libero_crashed")
 _FAST = ("fast_action_mse", "fast_decode_failures")
 _MEANINGS = {
     "vqa_accuracy_change": "the change of the accuracy against the model before fine-tuning",
     "vqa_any_match": "the share of answers that any annotator gave",
     "flow_mse": "mean squared error of the velocity on held-out demonstrations",
+    "flow_gap_share": "how much of the gap between the flow MSE of the settings' two conditions is closed",
     "action_mse": "mean squared error of sampled action chunks there, in squared normalised units",
 }
 
@@ -179,7 +180,10 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
         blocks += [
             html.heading("Cost", level=3),
             html.table(*_table(results, logs, cost, before=False)),
-            html.paragraph(f"Median time of a training step, peak memory, and parameters that train.{beside}"),
+            html.paragraph(
+                "Median time of a training step, and that of its threads together; peak memory, and parameters that "
+                f"train.{beside}"
+            ),
         ]
     return blocks
 

@@ -75,11 +75,12 @@ class Column:
 
 
 COLUMNS = (
-    Column("vqa_cross_entropy", "VQA CE (nats/token)", ".3f"),
+    Column("vqa_cross_entropy", "VQA CE (nats/token)", ".4f"),
     Column("vqa_accuracy", "VQA accuracy (%)", ".1f", 100),
     Column("vqa_accuracy_change", "change (points)", "+.1f", 100),
     Column("vqa_any_match", "any-match (%)", ".1f", 100),
     Column("flow_mse", "held-out flow MSE", ".4f"),
+    Column("flow_gap_share", "share of the gap (%)", ".0f", 100),
     Column("action_mse", "open-loop action MSE", ".4f"),
     Column("fast_action_mse", "FAST open-loop action MSE", ".4f"),
     Column("fast_decode_failures", "FAST chunks not decodable", ".0f"),
@@ -129,6 +130,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
             runs.append({"condition": condition, "seed": seed, **_numbers(result, before), **rollouts})
             if (found := result.get("versions")) is not None and found not in versions:
                 versions.append(found)
+    if gap := settings.get("gap"):
+        _tell_gap_shares(runs, *gap)
     conditions = {}
     for condition in settings["conditions"]:
         own = [run for run in runs if run["condition"] == condition]
@@ -180,6 +183,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         rows.append([name, str(runs) if runs == planned else f"{runs} of {planned}", *cells])
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     notes = [f"Mean ± standard deviation (n − 1) over seeds; {_MISSING}: not measured."]
+    if gap := results["settings"].get("gap"):
+        notes.append(f"Share of the gap: of that between {gap[0]} and {gap[1]} with the same seed, in flow MSE.")
     if (jobs := (results["machine"] or {}).get("jobs", 1)) > 1:
         notes.append(f"Step times were measured with {jobs} processes side by side.")
     if any("libero_success" in condition["measures"] for condition in results["conditions"].values()):
@@ -267,6 +272,15 @@ def _pooled_interval(runs: Iterable[Mapping[str, Any]]) -> list[float] | None:
     measured = [run for run in runs if run.get("libero_episodes")]
     trials = sum(run["libero_episodes"] for run in measured)
     return list(wilson_interval(sum(run["libero_successes"] for run in measured), trials)) if trials else None
+
+
+def _tell_gap_shares(runs: Sequence[dict[str, Any]], low: str, high: str) -> None:
+    """Adds to each run how much of the way from one condition's flow loss to another's, with its seed, it has gone."""
+    flow = {(run["condition"], run["seed"]): run.get("flow_mse") for run in runs}
+    for run in runs:
+        start, end = flow.get((low, run["seed"])), flow.get((high, run["seed"]))
+        if start is not None and end is not None and start != end and run.get("flow_mse") is not None:
+            run["flow_gap_share"] = (start - run["flow_mse"]) / (start - end)
 
 
 def _flat(measures: Mapping[str, Any]) -> dict[str, Any]:

@@ -396,6 +396,12 @@ def test_without_questions_nothing_is_asked_before(run, commands, tmp_path):
         ("seeds: [0, 1]", "seeds: [0, 0]", r"seeds must be different numbers, at least one, found \[0, 0\]"),
         ("seeds: [0, 1]", "seeds: []", r"seeds must be different numbers"),
         ("seeds: [0, 1]", "only: [nave]", r"only: unknown conditions \['nave'\], expected some of \['naive', "),
+        (
+            "seeds: [0, 1]",
+            "gap: [naive, nave]",
+            r"gap must be two different conditions of \['naive', ",
+        ),
+        ("seeds: [0, 1]", "gap: [naive, naive]", "gap must be two different conditions"),
         ("seeds: [0, 1]", "jobs: 0", "jobs must be at least 1, found 0"),
         ("  naive:", "  na/ive:", r"conditions: a name has letters, digits, '_' and '-' only, found 'na/ive'"),
         ("preserve: none\n  small:", "preserve: none\n  other: no.yaml\n  small:", r"no\.yaml"),

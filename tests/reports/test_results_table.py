@@ -100,6 +100,23 @@ def test_a_record_per_run_has_every_number(three_seeds):
     assert results["machine"]["cores"] == 2
 
 
+def test_shares_of_a_gap_are_taken_seed_by_seed(tmp_path):
+    flows = {"naive": (0.30, 0.20), "stop_gradient": (0.40, 0.40, 0.50), "held": (0.32, 0.15, 0.35)}
+    folder = comparison(tmp_path, {k: {i: {"flow_mse": v} for i, v in enumerate(own)} for k, own in flows.items()})
+    settings = json.loads((folder / "compare.json").read_text())
+    assert "flow_gap_share" not in collect_results(folder)["conditions"]["held"]["measures"]
+    (folder / "compare.json").write_text(json.dumps({**settings, "gap": ["stop_gradient", "naive"]}))
+    results = collect_results(folder)
+    shares = [run.get("flow_gap_share") for run in results["runs"] if run["condition"] == "held"]
+    # 0.08 of 0.10, 0.25 of 0.20; the third seed has no naive run.
+    assert shares == [pytest.approx(0.8), pytest.approx(1.25), None]
+    assert results["conditions"]["naive"]["measures"]["flow_gap_share"]["mean"] == 1
+    text = markdown_table(results)
+    assert row(text, "stop_gradient")["share of the gap (%)"] == "0 ± 0 (2 of 3)"
+    assert row(text, "held")["share of the gap (%)"] == "102 ± 32 (2 of 3)"
+    assert "between stop_gradient and naive with the same seed" in text
+
+
 def test_the_table_shows_spread_and_what_is_missing(three_seeds):
     text = markdown_table(collect_results(three_seeds))
     naive, aegis, lora = (row(text, name) for name in ("naive", "aegis", "lora"))
@@ -116,7 +133,7 @@ def test_the_table_shows_spread_and_what_is_missing(three_seeds):
     assert lora["seeds"] == "0 of 3"
     assert set(list(lora.values())[2:]) == {"–"}
     before = row(text, "before fine-tuning")
-    assert (before["VQA CE (nats/token)"], before["VQA accuracy (%)"]) == ("0.100", "80.0")
+    assert (before["VQA CE (nats/token)"], before["VQA accuracy (%)"]) == ("0.1000", "80.0")
     assert before["held-out flow MSE"] == before["change (points)"] == "–"
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
