@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shipped_policy import write_policy
 
 from hf_aegis.assets import DEMO_CHECKPOINTS
 from hf_aegis.atomic_files import write_text
@@ -33,7 +34,6 @@ MODEL_CARD = Path(__file__).parents[1] / "model_cards" / "demo_checkpoint.md"
 # What curves are drawn of, and when.
 _CURVES = ("vqa_cross_entropy", "vqa_accuracy", "eval_flow_mse")
 _COPIED = ("flow_mse", "action_mse", "versions")
-_HOW_LOADED = ("is_local", "local_files_only")
 _NAMES = {"naive": "naively", "aegis": "with AEGIS", "pairs_90": "with held pairs of directions"}
 
 
@@ -70,7 +70,7 @@ def ship(demo: Path, condition: str, folder: Path) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         staged = Path(temporary)
-        _write_model(run, staged)
+        write_policy(run, staged)
         _write_curves(run, staged)
         write_text(staged / "recipe.yaml", without_machine_paths((run / "recipe.yaml").read_text()))
         holdout = VQAHoldout(
@@ -119,21 +119,6 @@ def card(scores: dict[str, Any]) -> str:
         flow_mse=scores["flow_mse"],
         versions=", ".join(f"{name} {version}" for name, version in scores["versions"].items()),
     )
-
-
-def _write_model(run: Path, folder: Path) -> None:
-    model = PaliGemmaFlowForAction.from_pretrained(run, dtype=torch.float32).to(torch.bfloat16)
-    model.config.vlm_name_or_path = without_machine_paths(model.config.vlm_name_or_path)
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-    PaliGemmaFlowProcessor.from_pretrained(run).save_pretrained(folder)
-    # Three of them ship: without indentation a tokenizer is half as large, and so are the statistics.
-    for file in (folder / "tokenizer.json", folder / "processor_config.json"):
-        write_text(file, json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
-    # What says how the tokenizer was loaded says nothing about it.
-    settings = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(settings.read_text()).items() if key not in _HOW_LOADED}
-    write_text(settings, json.dumps(kept, indent=2) + "\n")
 
 
 def _write_curves(run: Path, folder: Path) -> None:
