@@ -75,6 +75,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "pairs_90_lr_3e-4": "held pairs, 90 %, rate 3e-4",
         "pairs_90_lr_2e-3": "held pairs, 90 %, rate 2e-3",
         "pairs_99_lr_2e-3": "held pairs, 99 %, rate 2e-3",
+        "pairs_995_lr_2e-3": "held pairs, 99.5 %, rate 2e-3",
     },
     "AEGIS: what is projected": {
         "aegis_global": "AEGIS, global",
