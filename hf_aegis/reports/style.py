@@ -135,7 +135,7 @@ _MARKERS: tuple[Any, ...] = (
     *("<s^*", ">v<^", "pDd"),
     ((7, 0, 0), (9, 1, 0), (10, 1, 0), (7, 1, 0)),
     (_STAR_3, _STAR_3_DOWN),
-    (_STAR_3_DOWN, _STAR_8, _STAR_3),
+    (_STAR_3_DOWN, _STAR_8, _STAR_3, _STAR_4),
     *("D*sv", "^dP", "P>vp"),
     ("*", "h", _STAR_4, "s"),
     *("d8h", "Hp8"),
