@@ -4,9 +4,9 @@ cross-attention's keys and values kept from step to step, with them computed aga
 
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
 repetitions of the paired ratios of processor time, which other work on the machine disturbs less than wall-clock time
-(on a GPU, whose work is waited for before the clock is read, of wall-clock time). Weights are random. The default sizes
-have about the proportions of PaliGemma2-3B with the default expert. Prints a Markdown table and, with `--output`,
-writes the same figures as JSON.
+(on a GPU, whose work is waited for before the clock is read, of wall-clock time). Weights are random. By default
+language model and expert have about the proportions of PaliGemma2-3B and the default expert. Prints a Markdown table
+and, with `--output`, writes the same figures as JSON.
 """
 
 import argparse
@@ -128,9 +128,7 @@ class Sampling:
 def measure(sampling: Sampling, repeats: int) -> dict[str, Any]:
     """Medians of milliseconds, and of paired ratios to ten steps with kept keys and values."""
     parts = dict(
-        zip(
-            VARIANTS, (sampling.prefix, sampling.cached, sampling.recomputed, sampling.with_compiled), strict=True
-        )
+        zip(VARIANTS, (sampling.prefix, sampling.cached, sampling.recomputed, sampling.with_compiled), strict=True)
     )
     expected = sampling.cached()
     for name in ("recomputed", "compiled"):
@@ -166,12 +164,12 @@ def measure(sampling: Sampling, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints a Markdown table and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vision_width", type=int, default=256)
-    parser.add_argument("--vision_layers", type=int, default=8)
-    parser.add_argument("--expert_width", type=int, default=256)
-    parser.add_argument("--expert_layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vision_width", type=int, default=128)
+    parser.add_argument("--vision_layers", type=int, default=4)
+    parser.add_argument("--expert_width", type=int, default=128)
+    parser.add_argument("--expert_layers", type=int, default=3)
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=10)
@@ -186,8 +184,8 @@ def main() -> None:
     with torch.no_grad():
         rows = [measure(Sampling(model, compiled, batch, arguments), arguments.repeats) for batch in arguments.batches]
     print(
-        f"PaliGemma 2 of width {arguments.width}, {arguments.layers} layers, and 256 + {arguments.words} tokens; expert "
-        f"of width {arguments.expert_width}, {arguments.expert_layers} layers, {arguments.steps} steps; "
+        f"PaliGemma 2 of width {arguments.width}, {arguments.layers} layers, 256 + {arguments.words} tokens; "
+        f"expert of width {arguments.expert_width}, {arguments.expert_layers} layers, {arguments.steps} steps; "
         f"{arguments.dtype} on {arguments.device}, {torch.get_num_threads()} threads on {platform.machine()}; "
         f"torch {torch.__version__}, {arguments.backend}.\n"
     )
