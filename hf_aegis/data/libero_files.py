@@ -65,7 +65,8 @@ def open_libero_file(path: str | os.PathLike) -> h5py.File:
     if not h5py.is_hdf5(path):
         raise LiberoFormatError(f"{path}: not an HDF5 file ({size} bytes without an HDF5 signature)")
     try:
-        return h5py.File(path, "r")
+        # Without a cache of chunks: whoever keeps a dataset open would keep a megabyte of it, too.
+        return h5py.File(path, "r", rdcc_nbytes=0)
     except OSError as error:
         raise LiberoFormatError(f"{path}: HDF5 cannot open it, it may be truncated: {error}") from error
 

@@ -1,5 +1,5 @@
 """
-Time to collect an anchor's moments, and to save them on the way, over that of plain forward passes on the same batches.
+Time to collect an anchor's moments, and to save them on the way, over that of plain forward passes on the same data.
 On a decoder, and on the embedded vision-language model.
 
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=280)
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--save_batches", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path)
