@@ -88,7 +88,7 @@ def collect_statistics(
             "num_batches": num_batches,
             "versions": [hf_aegis.__version__, torch.__version__, version("transformers")],
         }
-        partial = PartialCollection(partial_folder, {**fixed, **(settings or {})}, every=save_batches, share=share)
+        partial = PartialCollection(partial_folder, {**(settings or {}), **fixed}, every=save_batches, share=share)
     elif settings is not None:
         raise ValueError("settings are kept in a partial_folder, and none is given")
     passes = Passes(num_batches, progress=progress and share.rank == 0, share=share, partial=partial)
