@@ -193,10 +193,12 @@ class _CountedSamples:
         self.num_samples = 0
 
     def snapshot(self) -> Snapshot:
+        """The observer's sums, and the number."""
         tensors, fields = self.observer.snapshot()
         return Snapshot(tensors, {**fields, "num_samples": self.num_samples})
 
     def restore(self, snapshot: Snapshot) -> bool:
+        """Goes on from earlier sums, if the observer does."""
         if not self.observer.restore(snapshot):
             return False
         self.num_samples = int(snapshot.fields["num_samples"])

@@ -75,6 +75,7 @@ def test_an_expert_compiled_in_place_serves_all_steps_with_one_graph(model, obse
     assert counter.frame_count <= 3, "one, any, and one row, which torch always compiles for apart"
 
 
+# What inductor warns of (its own imports, missing GPUs) says nothing about the model.
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
