@@ -4,8 +4,9 @@ On a decoder, and on the embedded vision-language model.
 
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
 repetitions of the paired ratios of processor time, which other work on the machine disturbs less than wall-clock time
-(on a GPU, whose work is waited for before the clock is read, of wall-clock time). A collection counts as a whole, with
-the hash of the weights at its beginning. Prints a Markdown table and, with `--output`, writes the figures as JSON.
+(on a GPU, whose work is waited for before the clock is read, of wall-clock time). The hash of the weights, which a
+collection begins with, stands beside, in forward passes of one batch. Prints a Markdown table and, with `--output`,
+writes the figures as JSON.
 """
 
 import argparse
@@ -16,14 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from decoder import random_decoder
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors import find_decoder_layers, hash_layer_weights
+from hf_aegis.anchors.collection import collect_moments
+from hf_aegis.anchors.partial_collection import PartialCollection
+from hf_aegis.anchors.passes import Passes
 from hf_aegis.assets import EMBEDDED_VLM
 
 
@@ -65,22 +68,25 @@ def forward_passes(model: nn.Module, batches: Batches, device: str) -> None:
 
 
 def measure(model: nn.Module, batches: Batches, arguments: argparse.Namespace) -> Mapping[str, float]:
-    """Medians of the paired ratios to plain forward passes; and their milliseconds a batch, as `ms`."""
+    """Medians of the paired ratios to plain forward passes (the hash's: to one batch's), and that batch's `ms`."""
     model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
     dtype = getattr(torch, arguments.dtype)
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
-    def collect(**options: Any) -> None:
-        ActivationAnchor.collect(model, batches, progress=False, **options)
+    layers = find_decoder_layers(model)
+
+    def collect(partial: PartialCollection | None = None) -> None:
+        collect_moments(model, batches, layers, passes=Passes(progress=False, partial=partial))
 
     def collect_and_save() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            collect(partial_folder=folder, save_batches=arguments.save_batches)
+            collect(PartialCollection(folder, {}, every=arguments.save_batches))
 
     variants: dict[str, Callable[[], None]] = {
         "forward": lambda: forward_passes(model, batches, arguments.device),
         "moments": collect,
         "saved": collect_and_save,
+        "hash": lambda: hash_layer_weights(layers),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     on_gpu = arguments.device.startswith("cuda")
@@ -97,6 +103,7 @@ def measure(model: nn.Module, batches: Batches, arguments: argparse.Namespace) -
         name: statistics.median(mine / plain for mine, plain in zip(values, times["forward"], strict=True))
         for name, values in times.items()
     }
+    ratios["hash"] *= len(batches)
     return {**ratios, "ms": 1e3 * statistics.median(times["forward"]) / len(batches)}
 
 
@@ -123,10 +130,10 @@ def main() -> None:
         f"{arguments.batches} batches, saved every {arguments.save_batches}; {arguments.dtype} on {arguments.device}, "
         f"{torch.get_num_threads()} threads on {platform.machine()}; torch {torch.__version__}.\n"
     )
-    print("| model | forward pass, ms a batch | moments | moments, saved on the way |")
-    print("|---|---|---|---|")
+    print("| model | forward pass, ms a batch | moments | moments, saved on the way | hash, in batches |")
+    print("|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['ms']:.0f} | × {row['moments']:.3f} | × {row['saved']:.3f} |")
+        print(f"| {name} | {row['ms']:.0f} | × {row['moments']:.3f} | × {row['saved']:.3f} | {row['hash']:.2f} |")
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name != "output"}
         arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
