@@ -260,7 +260,7 @@ class LiberoDataset(Dataset):
             self._close()
             self._handles_pid = os.getpid()
         if file not in self._handles:
-            handle = open_libero_file(file)
+            handle = open_libero_file(file, chunk_cache=False)  # thousands of datasets stay open, read in no order
             if _stamp(file) != self._stamps[file]:
                 handle.close()
                 raise LiberoFormatError(f"{file}: changed since the dataset was constructed, construct it anew")
