@@ -65,9 +65,12 @@ format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time and memory of training steps that keep knowledge, as ratios to naive ones
+bench: setup  ## time and memory of training steps, sampling, anchors and data loading, as ratios
 	$(BIN)/python tests/benchmarks/training_step.py
 	$(BIN)/python tests/benchmarks/gse_step.py
+	$(BIN)/python tests/benchmarks/sampling.py
+	$(BIN)/python tests/benchmarks/anchor_collection.py
+	$(BIN)/python tests/benchmarks/data_loading.py
 
 pretrain: setup  ## train the embedded vision-language model from scratch (resumable)
 	$(BIN)/python recipes/easy_vqa_pretrain.py --config recipes/easy_vqa_pretrain.yaml

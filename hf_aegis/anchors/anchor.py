@@ -5,8 +5,9 @@ subspaces of its linear layers' inputs, and the sensitivity of its predictions t
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOpti
 from hf_aegis.anchors.merging import merged_statistics
 from hf_aegis.anchors.statistics import collect_statistics
 from hf_aegis.anchors.stored_anchor import StoredAnchor
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ActivationAnchor(StoredAnchor):
@@ -108,6 +113,10 @@ class ActivationAnchor(StoredAnchor):
         dataset_id: str | None = None,
         num_batches: int | None = None,
         progress: bool = True,
+        process_group: "ProcessGroup | None" = None,
+        partial_folder: str | os.PathLike[str] | None = None,
+        save_batches: int = 20,
+        settings: Mapping[str, Any] | None = None,
     ) -> "ActivationAnchor":
         """
         Runs the model over batches, without gradients and in evaluation mode, and reduces each decoder layer's output
@@ -144,6 +153,21 @@ class ActivationAnchor(StoredAnchor):
                 Stops after that many; an iterable with fewer is an error. All by default.
             progress (`bool`, *optional*, defaults to `True`):
                 Shows progress bars.
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                Processes that collect one anchor together. Each calls this with batches of its own, of which the i-th
+                counts as number `rank + i · size` ([`SampleBatches`] makes such shares), and gets the anchor that one
+                process would have had of all of them, to rounding. By default this process is alone.
+            partial_folder (`str` or `os.PathLike`, *optional*):
+                Where sums over the batches are kept, so that a killed collection, called again with the same
+                arguments, goes on from them and comes to the same anchor. Batches have to be the same, in the same
+                order; those that are done are skipped ([`SampleBatches`] does not even make them). The folder stays
+                until it is deleted. By default nothing is kept.
+            save_batches (`int`, *optional*, defaults to 20):
+                How many batches lie between two saves. Moments are a few megabytes; subspaces and sensitivities are
+                as large as what is summed for them.
+            settings (`Mapping[str, Any]`, *optional*):
+                What the batches are made of, as JSON can hold it. Sums of other settings, of another model or of other
+                arguments are refused.
 
         Returns:
             [`ActivationAnchor`], on the CPU.
@@ -153,7 +177,7 @@ class ActivationAnchor(StoredAnchor):
                 layers' tokens or leaves none of the chosen kind, a statistic is not finite, the model has no image
                 tokens to tell from others, a linear layer whose input's subspace is asked for does not run exactly
                 once in a forward pass, on one input per token, or predictions do not depend on one whose sensitivity
-                is asked for.
+                is asked for. If `partial_folder` holds sums of something else; what differs is named.
         """
         statistics = collect_statistics(
             model,
@@ -166,6 +190,10 @@ class ActivationAnchor(StoredAnchor):
             dataset_id=dataset_id,
             num_batches=num_batches,
             progress=progress,
+            process_group=process_group,
+            partial_folder=partial_folder,
+            save_batches=save_batches,
+            settings=settings,
         )
         return cls(*statistics)
 

@@ -1,15 +1,14 @@
 """Backpropagates random projections of a model's predictions to the outputs of its linear layers."""
 
+import hashlib
 import inspect
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_aegis.anchors.collection import (
     evaluation_mode,
@@ -20,6 +19,8 @@ from hf_aegis.anchors.collection import (
 )
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import decoder_config
+from hf_aegis.anchors.partial_collection import Resumable, Snapshot
+from hf_aegis.anchors.passes import Passes
 from hf_aegis.anchors.token_kinds import find_image_token_id, select_tokens
 from hf_aegis.functional.gauss_newton import predictive_cotangent
 from hf_aegis.hooks import removed_afterwards
@@ -29,8 +30,8 @@ from hf_aegis.hooks import removed_afterwards
 _IGNORED = -100
 
 
-class LinearObserver(Protocol):
-    """What is told of a linear layer in one forward and backward pass."""
+class LinearObserver(Resumable, Protocol):
+    """What is told of a linear layer in one forward and backward pass, and sums it up."""
 
     def see_input(self, name: str, input: Tensor, mask: Tensor | None) -> None:
         """A linear layer was given `input` `(..., in)`; `mask` `(...)` says which of it count, all by default."""
@@ -58,9 +59,9 @@ class PredictionGradients:
         linears (`Mapping[str, nn.Module]`): The linear layers, see [`~anchors.linear_layers.names.find_linears`].
         temperature (`float`): Of the predictions.
         tokens (`str`): The kind of tokens that count in the linear layers.
-        seed (`int`): Of the noise; it runs on from pass to pass.
-        num_batches (`int`, *optional*): How many batches to take; all by default.
-        progress (`bool`): Shows progress bars.
+        seed (`int`): Of the noise, which also depends on the pass and on the batch's number among all: it is the same
+            whichever process has the batch, and whatever was interrupted before.
+        passes ([`Passes`], *optional*): How the batches are gone over; all of them by default.
     """
 
     def __init__(
@@ -72,18 +73,16 @@ class PredictionGradients:
         temperature: float,
         tokens: str = "all",
         seed: int = 0,
-        num_batches: int | None = None,
-        progress: bool = True,
+        passes: Passes | None = None,
     ):
         self.model = model
         self.layers = layers
         self.linears = linears
         self.temperature = temperature
         self.tokens = tokens
-        self.num_batches = num_batches
-        self.progress = progress
+        self.passes = passes or Passes()
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._batch_seed = 0
         self._image_token_id = None if tokens == "all" else find_image_token_id(model)
         self._mask: Tensor | None = None
         self._num_samples = 0
@@ -94,44 +93,38 @@ class PredictionGradients:
         # A head that is observed has to see all tokens, as the mask has them.
         self._keeps_some = takes_positions and not any(linear is head for linear in linears.values())
 
-    def run(self, batches: Iterable[Mapping[str, Any]], observer: LinearObserver, desc: str) -> int:
+    def run(self, batches: Iterable[Mapping[str, Any]], observer: LinearObserver, name: str) -> int:
         """
         One pass over the batches.
 
         Args:
             batches (`Iterable[Mapping[str, Any]]`): Forward arguments, and labels if predictions count at some only.
             observer ([`LinearObserver`]): Is told of each linear layer's inputs and output gradients.
-            desc (`str`): Of the progress bar.
+            name (`str`): Of the pass.
 
         Returns:
-            `int`: number of samples.
+            `int`: number of samples, of all processes.
 
         Raises:
             ValueError: if a batch has no predictions that count, the model gives no logits, or its predictions do not
                 depend on a linear layer.
         """
         device = input_device(self.model)
-        num_samples = 0
-        bar = tqdm(
-            itertools.islice(batches, self.num_batches),
-            desc=desc,
-            total=self.num_batches or (len(batches) if isinstance(batches, Sized) else None),
-            unit="batch",
-            disable=not self.progress,
-        )
+        counted = _CountedSamples(observer)
         config = decoder_config(self.model, self.layers)
         # Evaluation mode also keeps the layers of transformers from recomputing themselves in the backward pass.
         with evaluation_mode(self.model), without_cache(config), _frozen(self.model), self._attached(observer):
-            for index, batch in enumerate(bar):
-                inputs = forward_inputs(batch, device, index)
+            for number, batch in self.passes.over(batches, name, counted):
+                inputs = forward_inputs(batch, device, number)
                 attended = inputs.get("attention_mask")
                 counts = _counting_predictions(batch.get("labels"), inputs)
                 if counts is not None and not bool(counts.any()):
-                    raise ValueError(f"batch {index}: the labels and the attention mask leave no prediction to count")
+                    raise ValueError(f"batch {number}: the labels and the attention mask leave no prediction to count")
                 self._mask = select_tokens(attended, inputs.get("input_ids"), self.tokens, self._image_token_id)
-                num_samples += self._backpropagate(inputs, counts, index)
+                self._batch_seed = noise_seed(self._seed, name, number)
+                counted.num_samples += self._backpropagate(inputs, counts, number)
                 observer.end_batch()
-        return num_samples
+        return sum(self.passes.share.gathered(counted.num_samples))
 
     def _backpropagate(self, inputs: dict[str, Any], counts: Tensor | None, batch_index: int) -> int:
         """Runs one batch forwards and backwards; returns its number of samples."""
@@ -161,10 +154,9 @@ class PredictionGradients:
         return self._num_samples
 
     def _noise(self, like: Tensor) -> Tensor:
-        if like.device not in self._generators:
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
+        generator = torch.Generator(like.device).manual_seed(self._batch_seed)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.randn(like.shape, generator=self._generators[like.device], dtype=dtype, device=like.device)
+        return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
 
     def _attached(self, observer: LinearObserver) -> AbstractContextManager[None]:
         def observe(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -191,6 +183,31 @@ class PredictionGradients:
             module.register_forward_hook(partial(observe, name), with_kwargs=True)
             for name, module in self.linears.items()
         )
+
+
+class _CountedSamples:
+    """What an observer sums up, and how many samples it is of."""
+
+    def __init__(self, observer: LinearObserver):
+        self.observer = observer
+        self.num_samples = 0
+
+    def snapshot(self) -> Snapshot:
+        """The observer's sums, and the number."""
+        tensors, fields = self.observer.snapshot()
+        return Snapshot(tensors, {**fields, "num_samples": self.num_samples})
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """Goes on from earlier sums, if the observer does."""
+        if not self.observer.restore(snapshot):
+            return False
+        self.num_samples = int(snapshot.fields["num_samples"])
+        return True
+
+
+def noise_seed(seed: int, name: str, number: int) -> int:
+    """The seed of the noise for one batch of a pass: 63 bits that are as good as independent of all others'."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()[:8]) >> 1
 
 
 def _counting_predictions(labels: Tensor | None, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Collects the sensitivity of a model's predictions to pairs of directions of its linear layers' weights."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,10 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_aegis.anchors.linear_layers.names import find_linears
-from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices, leading_basis, masked_values
+from hf_aegis.anchors.linear_layers.second_moments import (
+    SecondMoments,
+    SketchMatrices,
+    leading_basis,
+    masked_values,
+    pack_sums,
+    unpack_sums,
+)
 from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
 from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.anchors.partial_collection import Snapshot
+from hf_aegis.anchors.passes import Passes
 from hf_aegis.anchors.prediction_gradients import PredictionGradients
+from hf_aegis.anchors.shares import Share
 from hf_aegis.functional.product_precision import full_precision_products
 
 
@@ -41,8 +52,7 @@ def collect_sensitivities(
     options: SubspaceOptions,
     *,
     tokens: str = "all",
-    num_batches: int | None = None,
-    progress: bool = True,
+    passes: Passes | None = None,
 ) -> dict[str, PairSensitivity]:
     """
     Runs the model forwards and backwards over the batches, twice: for the principal directions of the gradients at
@@ -56,8 +66,7 @@ def collect_sensitivities(
         subspaces (`Mapping[str, InputSubspace]`): Of the linear layers' inputs.
         options ([`SubspaceOptions`]): How they were collected, and the sensitivities are to be.
         tokens (`str`, *optional*, defaults to `"all"`): The kind of tokens that count in the linear layers.
-        num_batches (`int`, *optional*): How many batches to take; all by default.
-        progress (`bool`, *optional*, defaults to `True`): Shows progress bars.
+        passes ([`Passes`], *optional*): How the batches are gone over; all of them by default.
 
     Returns:
         `dict[str, PairSensitivity]`: by linear layer, on the CPU.
@@ -67,21 +76,16 @@ def collect_sensitivities(
             not finite, or all sensitivities are zero.
     """
     linears = find_linears(model, layers, options.modules)
+    passes = passes or Passes()
     gradients = PredictionGradients(
-        model,
-        layers,
-        linears,
-        temperature=options.temperature,
-        tokens=tokens,
-        seed=options.seed,
-        num_batches=num_batches,
-        progress=progress,
+        model, layers, linears, temperature=options.temperature, tokens=tokens, seed=options.seed, passes=passes
     )
-    moments = OutputMoments(options)
-    gradients.run(batches, moments, "Collecting output gradients")
-    bases = {name: moments.basis(name) for name in linears}
+    moments = OutputMoments(linears, options)
+    gradients.run(batches, moments, "output_gradients")
+    bases = {name: moments.basis(name, passes.share) for name in linears}
     products = PairProducts(subspaces, bases)
-    num_samples = gradients.run(batches, products, "Collecting sensitivities")
+    num_samples = gradients.run(batches, products, "sensitivities")
+    products.merge_over(passes.share)
     found = {name: products.sensitivity(name, num_samples) for name in linears}
     if not any(bool(pairs.sensitivities.any()) for pairs in found.values()):
         raise ValueError(
@@ -96,10 +100,12 @@ class OutputMoments:
     Second moments E[g gᵀ] of the gradients at linear layers' outputs, over the tokens that count.
 
     Args:
+        linears (`Mapping[str, nn.Module]`): The linear layers.
         options ([`SubspaceOptions`]): `max_output_rank`, `dtype`, and which widths are sketched.
     """
 
-    def __init__(self, options: SubspaceOptions):
+    def __init__(self, linears: Mapping[str, nn.Module], options: SubspaceOptions):
+        self.linears = linears
         self.options = dataclasses.replace(
             options, energy=1.0, min_rank=1, max_rank=options.max_output_rank, sensitivity=False
         )
@@ -119,16 +125,32 @@ class OutputMoments:
     def end_batch(self) -> None:
         """Nothing to do."""
 
-    def basis(self, name: str) -> Tensor:
+    def snapshot(self) -> Snapshot:
+        """The sums so far, see [`~anchors.partial_collection.Resumable`]."""
+        return Snapshot(pack_sums(self._moments), {})
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """Goes on from earlier sums, see [`~anchors.partial_collection.Resumable`]."""
+        devices = {name: next(module.parameters()).device for name, module in self.linears.items()}
+        self._moments = unpack_sums(snapshot.tensors, devices, self._test_matrices)
+        return True
+
+    def basis(self, name: str, share: Share) -> Tensor:
         """
-        The leading directions `(out, m)` of what was added, on the CPU. The sums are let go, as they are larger.
+        The leading directions `(out, m)` of what was added by all processes, the same in each, on the CPU. The sums
+        are let go, as they are larger.
 
         Raises:
             ValueError: if nothing counts, or gradients are not finite; the linear layer is named.
         """
         moments = self._moments.pop(name)
-        energies, basis, total, _ = moments.eigenpairs(f"gradients at the outputs of {name}")
-        return leading_basis(energies, basis, total, self.options)
+        moments.merge_over(share)
+
+        def leading() -> Tensor:
+            energies, basis, total, _ = moments.eigenpairs(f"gradients at the outputs of {name}")
+            return leading_basis(energies, basis, total, self.options)
+
+        return share.from_first(leading)
 
 
 class PairProducts:
@@ -144,6 +166,7 @@ class PairProducts:
     def __init__(self, subspaces: Mapping[str, InputSubspace], bases: Mapping[str, Tensor]):
         self._subspaces = {name: subspace for subspace in subspaces.values() for name in subspace.linears}
         self._bases = bases
+        self._directions = _hash_of(subspaces, bases)
         self._placed: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -169,6 +192,8 @@ class PairProducts:
             dtype = torch.float32 if outputs.device.type == "mps" else torch.float64
             shape = outputs.shape[-1], inputs.shape[-1]
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=outputs.device)
+        # Sums of an earlier process come from a file.
+        self._sums[name] = self._sums[name].to(outputs.device)
         chunk = max(1, _CHUNK_NUMBERS // self._sums[name].numel())
         with full_precision_products(outputs.device):
             for some_outputs, some_inputs in zip(outputs.split(chunk), inputs.split(chunk), strict=True):
@@ -177,6 +202,28 @@ class PairProducts:
     def end_batch(self) -> None:
         """Forgets the batch's inputs."""
         self._inputs.clear()
+
+    def snapshot(self) -> Snapshot:
+        """The sums so far, see [`~anchors.partial_collection.Resumable`]."""
+        return Snapshot(dict(self._sums), {"directions_sha256": self._directions})
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """
+        Goes on from earlier sums, see [`~anchors.partial_collection.Resumable`]. Those for other directions are
+        refused: sums of squares in one basis do not tell those in another, and a basis that is computed again is the
+        same on the same kind of machine only.
+        """
+        if snapshot.fields["directions_sha256"] != self._directions:
+            return False
+        self._sums = dict(snapshot.tensors)
+        return True
+
+    def merge_over(self, share: Share) -> None:
+        """Adds what other processes have summed up, in each of them."""
+        for name in self._bases:
+            # On the CPU in all of them: where a pass was over before this process began, they have been nowhere else.
+            self._sums[name] = self._sums[name].cpu()
+            share.sum_(self._sums[name])
 
     def sensitivity(self, name: str, num_samples: int) -> PairSensitivity:
         """
@@ -194,3 +241,10 @@ class PairProducts:
             self._placed[what] = basis.to(values.device, values.dtype)
         with full_precision_products(values.device):
             return values @ self._placed[what]
+
+
+def _hash_of(subspaces: Mapping[str, InputSubspace], bases: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for basis in (*(subspace.basis for subspace in subspaces.values()), *bases.values()):
+        digest.update(basis.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

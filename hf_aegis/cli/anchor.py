@@ -5,6 +5,7 @@ how far statistics drift on the robot's own inputs, on demonstrations.
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,23 @@ from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.command_parser import CommandParser
 from hf_aegis.cli.data_licenses import known_license
 from hf_aegis.cli.device import resolve_device
+from hf_aegis.cli.torchrun import is_main_process, torchrun_processes
 
 
 if TYPE_CHECKING:
-    from hf_aegis.anchors import SubspaceOptions
+    from torch.distributed import ProcessGroup
+
+    from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
     from hf_aegis.data.vqa import VQASample
 
 EMBEDDED = "embedded"
 DEMONSTRATIONS = "demonstrations"
+
+# Where in the output folder a collection keeps what it has so far, until it is done.
+PARTIAL = "partial"
+
+# What does not matter to what is collected.
+_IRRELEVANT = ("output_dir", "device", "num_workers", "save_batches")
 
 # Fields about what is pushed, as they are where nothing is.
 _UNPUBLISHED: dict[str, Any] = {
@@ -79,6 +89,10 @@ class AnchorRecipe:
     )
     sensitivity_temperature: float = _option(4.0, "temperature of the predictions that this is about")
     max_output_rank: int = _option(512, "most output directions per linear layer that this is for")
+    num_workers: int = _option(0, "processes, per model, that prepare batches while it runs")
+    save_batches: int = _option(
+        20, "how many batches lie between two saves of what was collected, from which a killed collection goes on"
+    )
     push_to_hub: str | None = _option(None, "data set on the Hub, as org/name, that the anchor is pushed to as well")
     private: bool = _option(False, "make that data set a private one")
     hub_revision: str | None = _option(None, "branch of it to push to; made where it is missing")
@@ -91,9 +105,13 @@ class AnchorRecipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "subspace_min_rank", "subspace_max_rank", "max_output_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        ranks = ("subspace_min_rank", "subspace_max_rank", "max_output_rank")
+        for name, lowest in {
+            **dict.fromkeys(("num_samples", "batch_size", *ranks, "save_batches"), 1),
+            "num_workers": 0,
+        }.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, found {getattr(self, name)}")
         if self.subspace_min_rank > self.subspace_max_rank:
             raise ValueError(
                 f"subspace_min_rank must not exceed subspace_max_rank, found {self.subspace_min_rank} and "
@@ -123,35 +141,47 @@ def configure(parser: CommandParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """
     Collects the anchor and writes it, with the resolved recipe, to the output folder; and pushes it, where that is
-    asked for.
+    asked for. Under `torchrun`, each process collects from its share of the batches, and the first one does the rest.
 
     Raises:
-        ValueError: if the data or the model's statistics are not usable.
+        ValueError: if the data or the model's statistics are not usable, or an interrupted collection in the output
+            folder had other settings.
         OSError: if a file or model cannot be read, or the anchor cannot be pushed.
     """
     recipe: AnchorRecipe = arguments.recipe[0]
+    with torchrun_processes() as process_group:
+        if recipe.push_to_hub is not None and is_main_process(process_group):
+            _check_repository(recipe)
+        anchor = _collect(recipe, process_group)
+        if is_main_process(process_group):
+            _publish(recipe, anchor)
+    return 0
 
+
+def _check_repository(recipe: AnchorRecipe) -> None:
+    """A wrong option should not cost the loading of a large model first."""
+    from hf_aegis.hub import ensure_repo
+
+    assert recipe.push_to_hub is not None
+    ensure_repo(
+        recipe.push_to_hub,
+        repo_type="dataset",
+        private=recipe.private or None,
+        revision=recipe.hub_revision,
+        create_pr=recipe.create_pr,
+    )
+
+
+def _collect(recipe: AnchorRecipe, process_group: "ProcessGroup | None") -> "ActivationAnchor":
     import torch
-    from torch.utils.data import DataLoader
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from hf_aegis.anchors import ActivationAnchor
-    from hf_aegis.anchors.publication import push_anchor
+    from hf_aegis.anchors import ActivationAnchor, SampleBatches, Share
     from hf_aegis.assets import EMBEDDED_VLM
-    from hf_aegis.hub import ensure_repo
 
     # Its package registers the model with an action expert, whose language model can be anchored as well.
     from hf_aegis.models.vlm_exchange import located_commit
 
-    # A wrong option should not cost the loading of a large model first.
-    if recipe.push_to_hub is not None:
-        ensure_repo(
-            recipe.push_to_hub,
-            repo_type="dataset",
-            private=recipe.private or None,
-            revision=recipe.hub_revision,
-            create_pr=recipe.create_pr,
-        )
     source = str(EMBEDDED_VLM) if recipe.model == EMBEDDED else recipe.model
     # All of one commit, which the anchor records.
     commit = located_commit(source, revision=recipe.revision)
@@ -159,6 +189,14 @@ def run(arguments: argparse.Namespace) -> int:
     processor = AutoProcessor.from_pretrained(source, revision=revision)
     samples, collate = _demonstrations(recipe, processor) if _of_robots(recipe) else _questions(recipe, processor)
     device = resolve_device(recipe.device)
+    batches = SampleBatches(
+        samples,
+        recipe.batch_size,
+        collate,
+        share=Share.of(process_group),
+        num_workers=recipe.num_workers,
+        pin_memory=device.startswith("cuda"),
+    )
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
         source,
         revision=revision,
@@ -167,9 +205,8 @@ def run(arguments: argparse.Namespace) -> int:
         use_safetensors=True,
     )
     model.to(device)
-    # Samples only have a length and items, which is all that a DataLoader needs of a data set.
-    batches: DataLoader[Any] = DataLoader(samples, batch_size=recipe.batch_size, collate_fn=collate)  # type: ignore[arg-type]
-    anchor = ActivationAnchor.collect(
+    fields = dataclasses.asdict(recipe)
+    return ActivationAnchor.collect(
         model,
         batches,
         moments=recipe.moments,
@@ -178,11 +215,22 @@ def run(arguments: argparse.Namespace) -> int:
         revision=commit,
         dataset_id=f"{_portable(recipe.dataset)}:{recipe.split}",
         num_batches=len(batches),
+        process_group=process_group,
+        partial_folder=Path(recipe.output_dir) / PARTIAL,
+        save_batches=recipe.save_batches,
+        settings={name: value for name, value in fields.items() if name not in (*_IRRELEVANT, *_UNPUBLISHED)},
     )
+
+
+def _publish(recipe: AnchorRecipe, anchor: "ActivationAnchor") -> None:
+    """Writes an anchor, and pushes it where the recipe says so."""
+    from hf_aegis.anchors.publication import push_anchor
+
     folder = anchor.save_pretrained(recipe.output_dir)
     # To repeat a collection is not to publish it again.
     repeating = dataclasses.replace(recipe, **_UNPUBLISHED)
     write_text(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(repeating), sort_keys=False))
+    shutil.rmtree(folder / PARTIAL)
     print(f"{anchor}\nsaved to {folder}")
     if recipe.push_to_hub is not None:
         commit = push_anchor(
@@ -195,7 +243,6 @@ def run(arguments: argparse.Namespace) -> int:
             dataset_license=recipe.dataset_license or known_license(recipe.dataset),
         )
         print(f"pushed: {commit.pr_url or commit.commit_url}")
-    return 0
 
 
 def subspace_options(recipe: AnchorRecipe) -> "SubspaceOptions | None":

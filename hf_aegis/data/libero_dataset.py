@@ -26,7 +26,7 @@ from hf_aegis.data.libero_format import (
     LiberoConvention,
     LiberoFormatError,
 )
-from hf_aegis.data.libero_frames import frames_key, read_frame, read_rows
+from hf_aegis.data.libero_frames import frames_key, read_frame
 from hf_aegis.data.libero_hdf5 import Demonstration, RecordedTask, read_demonstration, read_task
 from hf_aegis.data.libero_pictures import PictureSettings, common_pictures, read_pictures
 from hf_aegis.data.statistics import load_statistics
@@ -34,6 +34,9 @@ from hf_aegis.functional.normalization import DatasetStatistics, FeatureStatisti
 
 
 SPLITS = ("train", "held_out", "all")
+
+# Most datasets of frames that a process keeps open: about 80 MB of HDF5's own buffers.
+_OPEN_FRAMES = 2048
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class LiberoDataset(Dataset):
     *after* each action (LIBERO's released files), observation `t` is paired with the actions from `t + 1` on, so that
     a demonstration of `T` steps gives `T - 1` items.
 
-    Constructing the dataset reads and checks every action and state once, and no image. Items read their own rows
-    only. File handles are opened per process, so the dataset works in forked and spawned `DataLoader` workers.
+    Constructing the dataset reads and checks every action and state once, and no image. What items need of them stays
+    in memory (64 bytes a step); of the files, items read their own frames only. File handles are opened per process,
+    so the dataset works in forked and spawned `DataLoader` workers, and what they lead to stays open.
 
     Args:
         paths (`str`, `os.PathLike` or a sequence of them): HDF5 files, released, recorded or combined; a folder
@@ -137,6 +141,7 @@ class LiberoDataset(Dataset):
         self.image_size = image_size
         self.normalize = normalize
         self._handles: dict[str, h5py.File] = {}
+        self._frames: dict[tuple[str, str], h5py.Dataset] = {}
         self._handles_pid = os.getpid()
         self._stamps: dict[str, tuple[int, int]] = {}
         self._episodes: list[_Episode] = []
@@ -145,7 +150,7 @@ class LiberoDataset(Dataset):
         tasks = _select(_read_tasks(files, image_origin, observation), instructions)
         self._stamps = {file: _stamp(file) for file in files}
         try:
-            samples, self.fingerprint = self._scan(tasks, split, held_out_per_task)
+            training, chosen, self.fingerprint = self._scan(tasks, split, held_out_per_task)
             self.pictures = self._pictures(tasks)
         finally:
             self._close()
@@ -154,8 +159,11 @@ class LiberoDataset(Dataset):
         self._ends = np.cumsum([episode.length for episode in self._episodes]).tolist()
         self.instructions = list(dict.fromkeys(episode.instruction for episode in self._episodes))
         self.statistics = statistics or DatasetStatistics(
-            **{key: FeatureStatistics.from_samples(key, values) for key, values in samples.items()}
+            **{key: FeatureStatistics.from_samples(key, values) for key, values in training.items()}
         )
+        # Row i is that of item i: its state, and the action that it is to begin with.
+        self._states = self._as_items(chosen["state"], self.statistics.state)
+        self._actions = self._as_items(chosen["actions"], self.statistics.actions)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -168,40 +176,31 @@ class LiberoDataset(Dataset):
         episode = self._episodes[position]
         step = index - (self._ends[position] - episode.length)
 
-        file = self._open(episode.file)
-        with naming_damage(episode.file):
-            group = file[episode.path]
-            actions = self._actions(group, step, episode)
-            state = np.concatenate([read_rows(group[f"obs/{name}"], step) for name in self.state_features])
-            images = [self._image(group, camera, step, episode.convention) for camera in self.cameras]
-        if self.normalize:
-            state = normalize(state, self.statistics.state)
+        images = [self._image(episode, camera, step) for camera in self.cameras]
         return {
             "images": images,
-            "state": torch.from_numpy(state.astype(np.float32)),
-            "actions": torch.from_numpy(actions),
+            "state": torch.from_numpy(self._states[index].copy()),
+            "actions": torch.from_numpy(self._chunk(index, self._ends[position])),
             "action_is_pad": torch.arange(self.chunk_size) >= episode.length - step,
             "instruction": episode.instruction,
         }
 
     def action_chunks(self) -> Iterator[np.ndarray]:
         """The items' `actions`, `(H, A)`, float32, in order, without reading an image."""
-        for episode in self._episodes:
-            file = self._open(episode.file)
-            for step in range(episode.length):
-                with naming_damage(episode.file):
-                    actions = self._actions(file[episode.path], step, episode)
-                yield actions
+        for episode, end in zip(self._episodes, self._ends, strict=True):
+            for index in range(end - episode.length, end):
+                yield self._chunk(index, end)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_handles": {}, "_frames": {}}
 
     def _scan(
         self, tasks: list[RecordedTask], split: str, held_out_per_task: int
-    ) -> tuple[dict[str, np.ndarray], str]:
-        """Checks every demonstration, lists the chosen ones; the training steps `(N, D)` and the fingerprint."""
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
+        """Checks every demonstration, lists the chosen ones; steps `(N, D)` to train on, those chosen, fingerprint."""
         digest = hashlib.sha256()
-        states, actions = [], []
+        training: dict[str, list[np.ndarray]] = {"state": [], "actions": []}
+        kept: dict[str, list[np.ndarray]] = {"state": [], "actions": []}
         with tqdm(total=sum(len(task.demonstrations) for task in tasks), desc="demonstrations", delay=2) as progress:
             for task in tasks:
                 chosen, reference = _split(task, split, held_out_per_task)
@@ -211,35 +210,49 @@ class LiberoDataset(Dataset):
                         demonstration = read_demonstration(file[path], task.convention, self.cameras)
                     assert demonstration is not None  # the strict report raises instead
                     usable = len(demonstration.actions) - task.convention.action_offset
-                    if path in reference:
-                        states.append(demonstration.state[:usable])
-                        actions.append(demonstration.actions[-usable:])
+                    for steps in [training] * (path in reference) + [kept] * (path in chosen):
+                        steps["state"].append(demonstration.state[:usable])
+                        steps["actions"].append(demonstration.actions[-usable:])
                     if path in chosen:
                         self._episodes.append(_Episode(task.file, path, task.instruction, task.convention, usable))
                         _update(digest, task, demonstration)
                     progress.update()
-        return {"state": np.concatenate(states), "actions": np.concatenate(actions)}, digest.hexdigest()
+        whole = [{key: np.concatenate(steps) for key, steps in each.items()} for each in (training, kept)]
+        return whole[0], whole[1], digest.hexdigest()
+
+    def _as_items(self, values: np.ndarray, statistics: FeatureStatistics) -> np.ndarray:
+        """Steps `(N, D)` as items have them."""
+        return (normalize(values, statistics) if self.normalize else values).astype(np.float32)
 
     def _pictures(self, tasks: list[RecordedTask]) -> PictureSettings | None:
         pictures = common_pictures({read_pictures(self._open(task.file), task) for task in tasks})
         resized = pictures is not None and self.image_size not in (None, pictures.image_size)
         return None if resized else pictures
 
-    def _actions(self, group: h5py.Group, step: int, episode: _Episode) -> np.ndarray:
-        """The chunk that begins with item `step` of an episode, its last action repeated past the end."""
-        first = step + episode.convention.action_offset
-        actions = read_rows(group["actions"], slice(first, first + self.chunk_size))
-        actions = np.concatenate([actions, np.repeat(actions[-1:], self.chunk_size - len(actions), axis=0)])
-        if self.normalize:
-            actions = normalize(actions, self.statistics.actions)
-        return actions.astype(np.float32)
+    def _chunk(self, index: int, end: int) -> np.ndarray:
+        """The chunk of an item whose episode ends before item `end`; its last action is repeated past that."""
+        actions = np.empty((self.chunk_size, self._actions.shape[1]), np.float32)
+        found = self._actions[index : min(index + self.chunk_size, end)]
+        actions[: len(found)], actions[len(found) :] = found, found[-1]
+        return actions
 
-    def _image(self, group: h5py.Group, camera: str, step: int, convention: LiberoConvention) -> np.ndarray:
-        frame = read_frame(group[f"obs/{frames_key(camera, convention)}"], step, convention)
+    def _image(self, episode: _Episode, camera: str, step: int) -> np.ndarray:
+        file = self._open(episode.file)
+        with naming_damage(episode.file):
+            frame = read_frame(self._frames_of(file, episode, camera), step, episode.convention)
         if self.image_size is None or frame.shape[0] == self.image_size:
             return frame
         size = (self.image_size, self.image_size)
         return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
+
+    def _frames_of(self, file: h5py.File, episode: _Episode, camera: str) -> h5py.Dataset:
+        # To find and open a dataset takes several times as long as to read a frame of it.
+        key = episode.file, f"{episode.path}/obs/{frames_key(camera, episode.convention)}"
+        if key not in self._frames:
+            if len(self._frames) >= _OPEN_FRAMES:
+                del self._frames[next(iter(self._frames))]
+            self._frames[key] = file[key[1]]
+        return self._frames[key]
 
     def _open(self, file: str) -> h5py.File:
         # A handle inherited over a fork shares its file descriptor with the parent: each process opens its own.
@@ -247,7 +260,7 @@ class LiberoDataset(Dataset):
             self._close()
             self._handles_pid = os.getpid()
         if file not in self._handles:
-            handle = open_libero_file(file)
+            handle = open_libero_file(file, chunk_cache=False)  # thousands of datasets stay open, read in no order
             if _stamp(file) != self._stamps[file]:
                 handle.close()
                 raise LiberoFormatError(f"{file}: changed since the dataset was constructed, construct it anew")
@@ -257,7 +270,7 @@ class LiberoDataset(Dataset):
     def _close(self) -> None:
         for handle in self._handles.values():
             handle.close()
-        self._handles = {}
+        self._handles, self._frames = {}, {}
 
     def _refuse_short(self) -> None:
         short = [episode for episode in self._episodes if episode.length < self.chunk_size]

@@ -48,9 +48,14 @@ def resolve_files(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     return [str(file) for file in files]
 
 
-def open_libero_file(path: str | os.PathLike) -> h5py.File:
+def open_libero_file(path: str | os.PathLike, *, chunk_cache: bool = True) -> h5py.File:
     """
     Opens a demonstration file for reading.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        chunk_cache (`bool`, *optional*, defaults to `True`): whether each open dataset keeps the chunks it read last.
+            It helps to read rows in order, and costs memory for each dataset that stays open.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -65,7 +70,7 @@ def open_libero_file(path: str | os.PathLike) -> h5py.File:
     if not h5py.is_hdf5(path):
         raise LiberoFormatError(f"{path}: not an HDF5 file ({size} bytes without an HDF5 signature)")
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r") if chunk_cache else h5py.File(path, "r", rdcc_nbytes=0)
     except OSError as error:
         raise LiberoFormatError(f"{path}: HDF5 cannot open it, it may be truncated: {error}") from error
 

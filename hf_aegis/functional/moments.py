@@ -94,6 +94,23 @@ def masked_moments(hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, 
     return mean, variance, count
 
 
+@torch.no_grad()
+def token_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Mean and population variance of tokens that all count: what [`masked_moments`] gives for them, to rounding, without
+    a graph and in a few passes over the memory.
+
+    Args:
+        tokens (`Tensor` of shape `(N, D)`): Of a floating-point dtype; N of 0 gives NaN.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: mean `(D,)` and variance `(D,)`, in float32 (float64 for float64 input).
+    """
+    values = tokens if tokens.dtype == torch.float64 else tokens.float()
+    mean = values.mean(dim=0)
+    return mean, (values - mean).square_().mean(dim=0)
+
+
 def merge_moments(first: Moments, second: Moments) -> Moments:
     """
     Moments of the union of two disjoint token sets (Chan, Golub & LeVeque, 1979). Stable where the mean is large

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_aegis.functional.flow_matching import euler_integrate
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
 
 
@@ -132,6 +133,28 @@ class ActionExpert(nn.Module):
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             tokens = layer(tokens, keys, values, cache.mask)
         return self.action_out_proj(self.norm(tokens[:, -noisy_actions.shape[1] :]))
+
+    def sample(self, noise: Tensor, cache: CrossAttentionCache, state: Tensor | None, num_steps: int) -> Tensor:
+        """
+        Follows the velocity from noise to actions in Euler steps, all of which read one cache.
+
+        Every step calls the module with tensors of the same shapes: compiled in place (`expert.compile()`) it is one
+        graph, whatever the number of steps. Compiled as a whole, the steps are unrolled into a graph `num_steps` times
+        as large.
+
+        Args:
+            noise (`Tensor` of shape `(B, H, A)`): the start.
+            cache (`CrossAttentionCache`): result of `encode_context`.
+            state (`Tensor` of shape `(B, S)`, *optional*): as of `forward`.
+            num_steps (`int`): Euler steps, at least 1.
+
+        Returns:
+            `Tensor` of shape `(B, H, A)`, float32: the actions.
+
+        Raises:
+            ValueError: `num_steps` is below 1, or as of `forward`.
+        """
+        return euler_integrate(lambda x, t: self(x, t, state, cache=cache).float(), noise.float(), num_steps)
 
     def _embed_time(self, timestep: Tensor) -> Tensor:
         fraction = torch.linspace(0.0, 1.0, self.norm.normalized_shape[0] // 2, device=timestep.device)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PaliGemmaProcessor, PreTra
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors.layer_moments import LayerMoments
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import anchor as command
 from hf_aegis.cli import main
@@ -97,6 +98,32 @@ def test_the_resolved_recipe_repeats_the_run(tiny_vlm, tmp_path):
     command.run(parse("--model", tiny_vlm, "--num_samples", 4, "--moments", "pooled", "--output_dir", first))
     command.run(parse("--config", first / "recipe.yaml", "--output_dir", second))
     assert ActivationAnchor.from_pretrained(first) == ActivationAnchor.from_pretrained(second)
+
+
+def test_an_interrupted_collection_continues(tiny_vlm, tmp_path, monkeypatch, capsys):
+    options = ["anchor", "--model", str(tiny_vlm), "--num_samples", "9", "--batch_size", "2", "--save_batches", "2"]
+    expected, folder = tmp_path / "expected", tmp_path / "anchor"
+    assert main([*options, "--output_dir", str(expected)]) == 0
+    seen = []
+    reduce = LayerMoments.batch_moments
+
+    def interrupted(self, number):
+        seen.append(number)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return reduce(self, number)
+
+    monkeypatch.setattr(LayerMoments, "batch_moments", interrupted)
+    assert main([*options, "--output_dir", str(folder)]) == 130
+    assert "start it again to continue" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["partial"]
+    assert main([*options, "--output_dir", str(folder), "--seed", "1"]) == 2
+    assert "was begun with other settings (seed: found 0, expected 1)" in capsys.readouterr().err
+    # Neither these nor where it runs matter to what is collected.
+    assert main([*options, "--output_dir", str(folder), "--save_batches", "5", "--device", "cpu"]) == 0
+    assert seen == [0, 1, 2, 2, 3, 4], "from the last batch that was saved on"
+    assert ActivationAnchor.from_pretrained(folder) == ActivationAnchor.from_pretrained(expected)
+    assert not (folder / "partial").exists()
 
 
 def test_an_anchor_is_pushed_where_that_is_asked_for(hub, tiny_vlm, questions, tmp_path, capsys):
@@ -280,6 +307,8 @@ def test_data_that_does_not_fit_is_refused(tiny_vlm, questions, tmp_path, option
         ("tokens: pictures", "key 'tokens' is 'pictures', expected 'all' or 'image' or 'text'"),
         ("dtype: float16", "key 'dtype' is 'float16', expected 'float32' or 'bfloat16'"),
         ("batch_size: 0", "batch_size must be at least 1, found 0"),
+        ("save_batches: 0", "save_batches must be at least 1, found 0"),
+        ("num_workers: -1", "num_workers must be at least 0, found -1"),
         ("max_output_rank: 0", "max_output_rank must be at least 1, found 0"),
         ("sensitivity_temperature: 0.0", "sensitivity_temperature must be above 0 and finite, found 0"),
         ("private: true", "private is about what push_to_hub names, which is not set"),

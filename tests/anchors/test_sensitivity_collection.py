@@ -7,7 +7,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions, find_decoder_layers, sensitivity_collection
 from hf_aegis.anchors.linear_layers.names import find_linears
-from hf_aegis.anchors.prediction_gradients import PredictionGradients
+from hf_aegis.anchors.passes import Passes
+from hf_aegis.anchors.prediction_gradients import PredictionGradients, noise_seed
 from hf_aegis.anchors.sensitivity_collection import PairProducts
 
 
@@ -79,14 +80,14 @@ def test_they_are_the_squared_gradients_of_each_sample_in_the_turned_basis(build
     outputs, hooks = {}, []
     for name, module in linears.items():
         hooks.append(module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out)))
-    generator = torch.Generator().manual_seed(5)
     moments = dict.fromkeys(linears, 0.0)
     squares = dict.fromkeys(linears, 0.0)
-    for number in range(2):  # first for the gradients' moments, then for the squares
-        for batch in batches:
+    for name_of_pass in ("output_gradients", "sensitivities"):
+        for number, batch in enumerate(batches):
             where, logits = predictions(batch), logits_of(model, batch)
+            generator = torch.Generator().manual_seed(noise_seed(5, name_of_pass, number))
             noise = torch.randn(len(where), logits.shape[-1], generator=generator, dtype=torch.float64)
-            if number == 0:
+            if name_of_pass == "output_gradients":
                 z = projection(logits, where, noise)
                 for name, g in zip(linears, torch.autograd.grad(z, [outputs[n] for n in linears]), strict=True):
                     rows = g.flatten(0, 1) if name == PROJECTOR else g[batch["attention_mask"].bool()]
@@ -127,13 +128,13 @@ def test_their_expectation_is_the_gauss_newton_diagonal(build_model, make_batche
 
     # Each unit vector at each of a sample's two predictions, in both samples at once, has the covariance of the noise.
     products = PairProducts(anchor.subspaces, {name: anchor.sensitivities[name].output_basis for name in names})
-    gradients = PredictionGradients(model, layers, linears, temperature=3.0, progress=False)
+    gradients = PredictionGradients(model, layers, linears, temperature=3.0, passes=Passes(progress=False))
     for prediction in range(2):
         for token in range(7):
             noise = torch.zeros(2, 2, 7, dtype=torch.float64)
             noise[:, prediction, token] = 1.0
             monkeypatch.setattr(gradients, "_noise", lambda _like, noise=noise: noise.flatten(0, 1))
-            gradients.run([batch], products, "")
+            gradients.run([batch], products, "sensitivities")
     found = {name: products.sensitivity(name, 2).sensitivities for name in names}
 
     weights = [module.weight for module in linears.values()]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from hf_aegis.data import LiberoDataset, LiberoFormatError, combine, load_statistics, save_statistics
+from hf_aegis.data import LiberoDataset, LiberoFormatError, combine, libero_dataset, load_statistics, save_statistics
 from hf_aegis.functional.normalization import unnormalize
 
 
@@ -212,11 +212,38 @@ def test_workers_give_the_same_items(libero_files, context):
         assert_same_item(item, dataset[index])
 
 
+@pytest.mark.parametrize("kind", ["released", "recorded_jpeg"])
+def test_few_datasets_stay_open_and_each_is_opened_once(libero_files, monkeypatch, kind):
+    dataset = LiberoDataset(libero_files.write(kind=kind), chunk_size=3)
+    expected = list(dataset)
+    opened = []
+    original = h5py.Group.__getitem__
+    monkeypatch.setattr(h5py.Group, "__getitem__", lambda self, key: (opened.append(key), original(self, key))[1])
+    again = pickle.loads(pickle.dumps(dataset))
+    for _ in range(2):
+        for index in np.random.default_rng(0).permutation(len(again)):
+            assert_same_item(again[int(index)], expected[index])
+    assert len(opened) == len(set(opened)) == 3 * 2, "cameras of demonstrations"
+    monkeypatch.setattr(libero_dataset, "_OPEN_FRAMES", 2)
+    again = pickle.loads(pickle.dumps(dataset))
+    for index in (0, len(again) - 1, 0, 1):
+        assert_same_item(again[index], expected[index])
+        assert len(again._frames) == 2
+
+
+def test_what_is_done_to_an_item_does_not_reach_the_next(libero_files):
+    dataset = LiberoDataset(libero_files.write(), chunk_size=3)
+    before = dataset[1]
+    for value in (dataset[1]["state"], dataset[1]["actions"], *dataset[1]["images"]):
+        value[:] = 9
+    assert_same_item(dataset[1], before)
+
+
 def test_pickles_carry_no_handles(libero_files):
     dataset = LiberoDataset(libero_files.write(), chunk_size=3)
     before = dataset[3]
     copy = pickle.loads(pickle.dumps(dataset))
-    assert copy._handles == {}
+    assert copy._handles == copy._frames == {}
     assert_same_item(copy[3], before)
 
 
@@ -232,8 +259,10 @@ def test_construction_reads_no_frames(libero_files, monkeypatch):
     assert not [name for name, _ in read if name.endswith("_rgb")]
     read.clear()
     dataset[1]
-    assert [key for name, key in read if name.endswith("_rgb")] == [1, 1]
-    assert [key for name, key in read if name.endswith("actions")] == [slice(2, 5)]
+    assert [(name.rpartition("/")[2], key) for name, key in read] == [("agentview_rgb", 1), ("eye_in_hand_rgb", 1)]
+    read.clear()
+    assert len(list(dataset.action_chunks())) == len(dataset)
+    assert not read
 
 
 def test_a_file_that_changed_since_construction_is_refused(libero_files):

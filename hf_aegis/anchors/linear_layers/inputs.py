@@ -1,6 +1,7 @@
 """Hooks that reduce the inputs of linear layers to their second moments, and find out which layers share an input."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from hf_aegis.anchors.linear_layers.names import LAYERS_PREFIX, find_linears
-from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices
+from hf_aegis.anchors.linear_layers.second_moments import SecondMoments, SketchMatrices, pack_sums, unpack_sums
 from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOptions
+from hf_aegis.anchors.partial_collection import Snapshot
+from hf_aegis.anchors.shares import Share
 from hf_aegis.hooks import removed_afterwards
 
 
@@ -81,19 +84,42 @@ class LinearInputs:
                     f"{self._owners[name]} in the first batch: which layers share inputs must not change"
                 )
 
-    def subspaces(self, progress: bool = True) -> dict[str, InputSubspace]:
+    def subspaces(self, progress: bool = True, share: Share | None = None) -> dict[str, InputSubspace]:
         """
         The principal subspaces of everything seen, by the first linear layer of each.
 
+        Args:
+            progress (`bool`, *optional*, defaults to `True`): Shows a progress bar.
+            share ([`Share`], *optional*): Of processes whose inputs are taken together; all get the same subspaces.
+
         Raises:
-            ValueError: if no input of a linear layer counted, or its inputs are not finite; it is named.
+            ValueError: if no input of a linear layer counted, or its inputs are not finite; it is named. If layers
+                share inputs in some processes that do not in others.
         """
+        share = share or Share()
         groups: dict[str, list[str]] = {}
         for name, owner in (self._owners or {}).items():
             groups.setdefault(owner, []).append(name)
-        bar = tqdm(groups.items(), desc="Decomposing inputs", unit="input", disable=not progress)
-        # Sums are let go one by one, as they are larger than what is made of them.
-        return {owner: self._statistics.pop(owner).subspace(tuple(names), self.options) for owner, names in bar}
+        if any(theirs != list(groups.items()) for theirs in share.gathered(list(groups.items()))):
+            raise ValueError("which linear layers share inputs differs between the processes, and must not")
+        subspaces = {}
+        for owner, names in tqdm(groups.items(), desc="Decomposing inputs", unit="input", disable=not progress):
+            # Sums are let go one by one, as they are larger than what is made of them.
+            sums = self._statistics.pop(owner)
+            sums.merge_over(share)
+            subspaces[owner] = share.from_first(partial(sums.subspace, tuple(names), self.options))
+        return subspaces
+
+    def snapshot(self) -> Snapshot:
+        """The sums so far, see [`~anchors.partial_collection.Resumable`]."""
+        return Snapshot(pack_sums(self._statistics), {"owners": self._owners})
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """Goes on from earlier sums, see [`~anchors.partial_collection.Resumable`]."""
+        devices = {name: next(module.parameters()).device for name, module in self.linears.items()}
+        self._statistics = unpack_sums(snapshot.tensors, devices, self._test_matrices)
+        self._owners = snapshot.fields["owners"]
+        return True
 
     def _observe(self, name: str, input: Tensor, *_args: Any, **_kwargs: Any) -> None:
         if name in self._seen:

@@ -1,11 +1,13 @@
 """Second moments of a linear layer's inputs or output gradients, in full or as a sketch, summed batch by batch."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hf_aegis.anchors.linear_layers.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOptions
+from hf_aegis.anchors.shares import Share
 from hf_aegis.functional.product_precision import full_precision_products
 from hf_aegis.functional.subspace import eigenpairs, nystrom_eigenpairs, rank_for_energy
 
@@ -75,6 +77,11 @@ class SecondMoments:
                 self.products += values.mT @ (values @ self.test_matrix.to(values.dtype))
                 self.energy += torch.linalg.vector_norm(values).to(self.energy.dtype).square()
 
+    def merge_over(self, share: Share) -> None:
+        """Adds what other processes have summed up, in each of them."""
+        for total in (self.products, self.energy, self.count):
+            share.sum_(total)
+
     def eigenpairs(self, what: str) -> tuple[Tensor, Tensor, float, int]:
         """
         Leading directions of what was added.
@@ -113,6 +120,35 @@ class SecondMoments:
         """
         energies, basis, total, count = self.eigenpairs(f"inputs of {linears[0]}")
         return leading_subspace(linears, energies, basis, total, count, options)
+
+
+_SUMS = ("products", "energy", "count")
+
+
+def pack_sums(moments: Mapping[str, SecondMoments]) -> dict[str, Tensor]:
+    """Sums as tensors called `<key>.products`, `<key>.energy` and `<key>.count`."""
+    return {f"{key}.{name}": getattr(sums, name) for key, sums in moments.items() for name in _SUMS}
+
+
+def unpack_sums(
+    tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device], test_matrices: SketchMatrices
+) -> dict[str, SecondMoments]:
+    """
+    The inverse of [`pack_sums`].
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): What it gave, and maybe others.
+        devices (`Mapping[str, torch.device]`): Where the sums are to be, by key; keys without sums do not matter.
+        test_matrices ([`SketchMatrices`]): As for the sums at first.
+    """
+    found = {}
+    for key, device in devices.items():
+        if f"{key}.products" in tensors:
+            width = tensors[f"{key}.products"].shape[0]
+            found[key] = SecondMoments(width, device, test_matrices.matrix(width, device))
+            for name in _SUMS:
+                getattr(found[key], name).copy_(tensors[f"{key}.{name}"])
+    return found
 
 
 def masked_values(vectors: Tensor, mask: Tensor | None) -> Tensor:
