@@ -4,9 +4,9 @@ model still answers.
 
     python recipes/pi0_libero.py --config recipes/pi0_libero.yaml
 
-Each condition × seed starts from the same checkpoint and sees the same batches, one run after another. What is finished
-is not repeated, and an interrupted run continues from its last checkpoint. Each run's folder gets its logs, the
-fine-tuned π0 with its processor in `model`, for transformers' own `from_pretrained`, and `result.json`; the output
+Each condition × seed starts from the same checkpoint and sees the same batches, one run after another. What is
+finished is not repeated, and an interrupted run continues from its last checkpoint. Each run's folder gets its logs,
+the fine-tuned π0 with its processor in `model`, for transformers' own `from_pretrained`, and `result.json`; the output
 folder gets `results.json`, `.csv` and `.md`.
 """
 
@@ -148,7 +148,7 @@ class Material:
         self.study = study
         paths: Any = study.demonstrations or DEMONSTRATIONS
         config = PI0Config.from_pretrained(study.model)
-        # In robot units: π0's processor normalises. Chunks that reach past the end of an episode repeat its last action.
+        # In robot units: π0's processor normalises. Past the end of an episode its last action is repeated.
         options: dict[str, Any] = {"chunk_size": config.chunk_size, "normalize": False, "short_demonstrations": "pad"}
         options["held_out_per_task"] = study.held_out_per_task
         self.train = LiberoDataset(paths, split="train", **options)
