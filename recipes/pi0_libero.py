@@ -17,22 +17,20 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import yaml
+from pi0_libero_config import PI0Study
 from pi0_libero_scores import COLUMNS, VERSIONS, flow_error, markdown_table
-from transformers import AutoProcessor, PI0Config, PI0ForConditionalGeneration, set_seed
+from transformers import AutoProcessor, PI0Config, set_seed
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.comparison import refuse_other_settings
-from hf_aegis.cli.recipe import check_values, option_types, read_recipe, require_keys
 from hf_aegis.data import LiberoDataset
 from hf_aegis.data.vqa import VQACollator, VQASample
-from hf_aegis.data.vqa_sources import load_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.models import PI0Collator, pi0_processor, pi0_vlm
@@ -48,97 +46,9 @@ from hf_aegis.training.weight_interpolation import WeightPath
 
 logger = logging.getLogger("pi0_libero")
 
-# What a condition may say beside the fields of `AEGISConfig`.
-OWN = {"lora": dict[str, Any], "gse": dict[str, Any], "weight_interpolation": float}
 ADAPTERS = {"lora": add_lora, "gse": add_gse}
 # Beside adapters on the language model, these train in full.
 TRAINED_IN_FULL = ["multi_modal_projector", "dit", "embed_action_time", "action_out_proj"]
-
-
-@dataclasses.dataclass(frozen=True)
-class QuestionsConfig:
-    """Arguments of `load_vqa`, and how many questions go through the model together."""
-
-    dataset: str
-    split: str
-    samples: int
-    batch_size: int
-    seed: int = 0
-
-    def load(self) -> Sequence[VQASample]:
-        return load_vqa(self.dataset, self.split, self.samples, self.seed)
-
-
-@dataclasses.dataclass(frozen=True)
-class PI0Study:
-    output_dir: str
-    model: str
-    processor: str
-    dtype: str
-    attn_implementation: str
-    demonstrations: list[str] | None
-    held_out_per_task: int
-    flow_samples: int
-    anchored: QuestionsConfig
-    holdout: QuestionsConfig
-    moments: str
-    subspaces: dict[str, Any]
-    seeds: list[int]
-    training: dict[str, Any]
-    conditions: dict[str, Any]
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """
-        Raises:
-            ValueError: If a key is unknown, missing or has the wrong type, or a value is not allowed; file and key are
-                named.
-        """
-        path = Path(path)
-        parts = ("anchored", "holdout")
-        raw = read_recipe(path, option_types([cls]) | dict.fromkeys(parts, dict[str, Any]))
-        require_keys(cls, raw, str(path))
-        for name in parts:
-            where = f"{path}: {name}"
-            require_keys(QuestionsConfig, check_values(raw[name], option_types([QuestionsConfig]), where), where)
-            raw[name] = QuestionsConfig(**raw[name])
-        fields = option_types([AEGISConfig])
-        check_values(raw["training"], fields, f"{path}: training")
-        for name, own in raw["conditions"].items():
-            check_values(own, fields | OWN, f"{path}: conditions: {name}")
-        study = cls(**raw)
-        # What does not fit is to be known before the anchor is collected.
-        SubspaceOptions(**study.subspaces)
-        for name in study.conditions:
-            try:
-                study.arguments(name, seed=0)
-            except ValueError as error:
-                raise ValueError(f"{path}: conditions: {name}: {error}") from error
-        return study
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir)
-
-    def recipe(self, condition: str) -> dict[str, Any]:
-        """All fields of a condition."""
-        return {**self.training, **self.conditions[condition]}
-
-    def run_folder(self, condition: str, seed: int) -> Path:
-        return self.folder / "runs" / condition / f"seed_{seed}"
-
-    def arguments(self, condition: str, seed: int) -> AEGISConfig:
-        fields = {name: value for name, value in self.recipe(condition).items() if name not in OWN}
-        folder = str(self.run_folder(condition, seed))
-        return AEGISConfig(output_dir=folder, seed=seed, **{"report_to": "none", **fields})
-
-    def load_model(self) -> PI0ForConditionalGeneration:
-        return PI0ForConditionalGeneration.from_pretrained(
-            self.model,
-            dtype=getattr(torch, self.dtype),
-            attn_implementation=self.attn_implementation,
-            use_safetensors=True,
-        )
 
 
 class Material:

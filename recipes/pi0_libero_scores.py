@@ -49,7 +49,6 @@ def flow_error(
     squared, count = 0.0, 0
     # Without the mixed precision that accelerate has put on a model in training: the checkpoint was measured without.
     forward: Any = vars(model).get("_original_forward", model)
-    dtype = next(model.parameters()).dtype
     with evaluating(model) as device:
         starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc="held-out chunks", leave=False, disable=None):
@@ -58,7 +57,7 @@ def flow_error(
             actions = batch["actions"]
             batch["noise"] = torch.randn(actions.shape, generator=generator)
             # π0's time runs from actions to noise.
-            timestep = 1 - sample_timesteps(
+            batch["timestep"] = 1 - sample_timesteps(
                 len(items),
                 alpha=config.time_sampling_beta_alpha,
                 beta=config.time_sampling_beta_beta,
@@ -66,8 +65,7 @@ def flow_error(
                 offset=config.time_sampling_offset,
                 generator=generator,
             )
-            inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in batch.items()}
-            velocity = forward(**inputs, timestep=timestep.to(device)).logits
+            velocity = forward(**{name: value.to(device) for name, value in batch.items()}).logits
             error = (velocity.cpu().double() - (batch["noise"] - actions).double()).square()
             real = ~torch.stack([item["action_is_pad"] for item in items])
             dimensions = items[0]["actions"].shape[-1]
