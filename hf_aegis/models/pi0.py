@@ -2,6 +2,7 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def pi0_processor(
     Raises:
         ValueError: If state or actions have more dimensions than `max_state_dim`.
     """
-    moments: dict[str, list[float]] = {}
+    moments: dict[str, Any] = {}
     for feature in (statistics.state, statistics.actions):
         if feature.dimension > max_state_dim:
             raise ValueError(

@@ -95,33 +95,36 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     shields = {form: GradientShield(model, anchor, dual_backward=form) for form in FORMS if form != "naive"}
     autocast = torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=arguments.autocast)
 
-    def step(form: str) -> tuple[float, float]:
-        if arguments.device != "cpu":
+    on_gpu = arguments.device != "cpu"
+
+    def step(form: str) -> tuple[float, float, float]:
+        """Seconds, processor seconds, and on a GPU the peak memory in MB."""
+        if on_gpu:
             torch.cuda.synchronize()
+            reset_peak_memory()
         start = time.perf_counter(), time.process_time()
         with shields.get(form, contextlib.nullcontext()):
             with autocast:
                 loss = model(**batch).loss
             loss.backward()
-        if arguments.device != "cpu":
+        if on_gpu:
             torch.cuda.synchronize()
         took = time.perf_counter() - start[0], time.process_time() - start[1]
         model.zero_grad()
-        return took
+        return *took, peak_memory_mb() if on_gpu else float("nan")
 
     rows: list[dict[str, float | str]] = []
     for form in FORMS:
+        # What comes first is slower, and is counted instead.
         with FlopCounterMode(display=False) as counter:
             step(form)
-        reset_peak_memory()
-        step(form)
-        peak = peak_memory_mb() if arguments.device != "cpu" else float("nan")
-        rows.append({"form": form, "tflop": counter.get_total_flops() / 1e12, "peak_mb": peak})
-    taken = [[step(form) for form in FORMS] for _ in range(arguments.repeats)]
+        rows.append({"form": form, "tflop": counter.get_total_flops() / 1e12})
+    rounds = [[step(form) for form in FORMS] for _ in range(arguments.repeats)]
     for index, row in enumerate(rows):
-        row["step_ms"] = 1e3 * statistics.median(times[index][0] for times in taken)
-        row["ratio"] = statistics.median(times[index][0] / times[0][0] for times in taken)
-        row["processor_ratio"] = statistics.median(times[index][1] / times[0][1] for times in taken)
+        row["step_ms"] = 1e3 * statistics.median(steps[index][0] for steps in rounds)
+        row["ratio"] = statistics.median(steps[index][0] / steps[0][0] for steps in rounds)
+        row["processor_ratio"] = statistics.median(steps[index][1] / steps[0][1] for steps in rounds)
+        row["peak_mb"] = max(steps[index][2] for steps in rounds)
     return rows
 
 
