@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,7 +83,7 @@ def count_whole(size: int, cameras: int, words: int) -> dict[str, float]:
     }
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Of each form: median milliseconds, ratios of time and processor time to naive, TFLOP, peak memory on a GPU."""
     torch.manual_seed(0)
     with torch.device(arguments.device):
@@ -97,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 
     on_gpu = arguments.device != "cpu"
 
-    def step(form: str) -> tuple[float, float, float]:
+    def step(form: str) -> tuple[float, float, float | None]:
         """Seconds, processor seconds, and on a GPU the peak memory in MB."""
         if on_gpu:
             torch.cuda.synchronize()
@@ -111,9 +112,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
             torch.cuda.synchronize()
         took = time.perf_counter() - start[0], time.process_time() - start[1]
         model.zero_grad()
-        return *took, peak_memory_mb() if on_gpu else float("nan")
+        return *took, peak_memory_mb() if on_gpu else None
 
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for form in FORMS:
         # What comes first is slower, and is counted instead.
         with FlopCounterMode(display=False) as counter:
@@ -124,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
         row["step_ms"] = 1e3 * statistics.median(steps[index][0] for steps in rounds)
         row["ratio"] = statistics.median(steps[index][0] / steps[0][0] for steps in rounds)
         row["processor_ratio"] = statistics.median(steps[index][1] / steps[0][1] for steps in rounds)
-        row["peak_mb"] = max(steps[index][2] for steps in rounds)
+        row["peak_mb"] = max(steps[index][2] for steps in rounds) if on_gpu else None
     return rows
 
 
@@ -151,9 +152,10 @@ def main() -> None:
     print(f"{arguments.layers} layers on {arguments.device}, torch {torch.__version__}:\n")
     print("| step | ms | × naive | × naive, processor time | TFLOP | peak memory, MB |\n|---|---|---|---|---|---|")
     for row in rows:
+        peak = "–" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         print(
             f"| {row['form']} | {row['step_ms']:.0f} | {row['ratio']:.2f} | {row['processor_ratio']:.2f} | "
-            f"{row['tflop']:.2f} | {row['peak_mb']:.0f} |"
+            f"{row['tflop']:.2f} | {peak} |"
         )
     if arguments.output:
         settings = {name: value for name, value in vars(arguments).items() if name != "output"}
