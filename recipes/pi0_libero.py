@@ -190,7 +190,8 @@ def write_settings(study: PI0Study, chosen: list[str]) -> None:
         own["conditions"] = {**earlier["conditions"], **own["conditions"]}
         seeds |= set(earlier["seeds"])
     write_text(path, json.dumps({"seeds": sorted(seeds), **own}, indent=2))
-    write_text(study.folder / "recipe.yaml", yaml.safe_dump(without_machine_paths(dataclasses.asdict(study))))
+    written = yaml.safe_dump(without_machine_paths(dataclasses.asdict(study)), sort_keys=False)
+    write_text(study.folder / "recipe.yaml", written)
 
 
 def write_tables(study: PI0Study) -> dict[str, Any]:

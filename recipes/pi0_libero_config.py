@@ -69,6 +69,8 @@ class PI0Study:
         check_values(raw["training"], fields, f"{path}: training")
         for name, own in raw["conditions"].items():
             check_values(own, fields | OWN, f"{path}: conditions: {name}")
+            if "lora" in own and "gse" in own:
+                raise ValueError(f"{path}: conditions: {name}: lora and gse adapt the same layers; choose one")
         study = cls(**raw)
         # What does not fit is to be known before the anchor is collected.
         SubspaceOptions(**study.subspaces)

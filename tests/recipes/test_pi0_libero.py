@@ -223,8 +223,9 @@ def test_unknown_conditions_are_refused(recipe, finished):
         ({"training": {"max_step": 1}}, r"tiny\.yaml: training: unknown keys \['max_step'\]"),
         ({"conditions": {"mine": {"fast": {}}}}, r"tiny\.yaml: conditions: mine: unknown keys \['fast'\]"),
         ({"conditions": {"mine": {"preserve": "all"}}}, r"tiny\.yaml: conditions: mine: preserve must be"),
+        ({"conditions": {"mine": {"lora": {}, "gse": {}}}}, r"tiny\.yaml: conditions: mine: lora and gse adapt"),
     ],
-    ids=["unknown", "part", "training", "condition", "value"],
+    ids=["unknown", "part", "training", "condition", "value", "adapters"],
 )
 def test_a_wrong_option_is_refused_by_file_and_key(recipe, tiny, tmp_path, change, message):
     path = tmp_path / "tiny.yaml"
