@@ -44,3 +44,48 @@ def run_processes():
         assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pi0_checkpoint(tmp_path_factory):
+    """A folder with a random π0 of three layers that fits the embedded model's tokenizer and pictures; chunks of 8."""
+    import torch
+    from transformers import AutoProcessor, PaliGemmaConfig, PI0Config, PI0ForConditionalGeneration
+
+    from hf_aegis.assets import EMBEDDED_VLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoProcessor.from_pretrained(EMBEDDED_VLM).tokenizer
+    text = {
+        "model_type": "gemma",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": len(tokenizer),
+        # Small random weights would leave every hidden state alike.
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 8,
+        "projection_dim": 16,
+        "vision_use_head": False,
+    }
+    vlm = PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=16,
+    )
+    expert = {**text, "hidden_size": 8, "intermediate_size": 12}
+    folder = tmp_path_factory.mktemp("pi0") / "pi0_tiny"
+    PI0ForConditionalGeneration(PI0Config(vlm_config=vlm, dit_config=expert, chunk_size=8)).save_pretrained(folder)
+    return folder

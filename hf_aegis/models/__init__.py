@@ -8,8 +8,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from hf_aegis.models.action_expert import ActionExpert, CrossAttentionCache
 from hf_aegis.models.collator_paligemma_flow import PaliGemmaFlowCollator
+from hf_aegis.models.collator_pi0 import PI0Collator
 from hf_aegis.models.configuration_paligemma_flow import PaliGemmaFlowConfig
 from hf_aegis.models.modeling_paligemma_flow import PaliGemmaFlowForAction, PaliGemmaFlowOutput
+from hf_aegis.models.pi0 import pi0_processor, pi0_vlm
 from hf_aegis.models.processing_paligemma_flow import PaliGemmaFlowProcessor
 
 
@@ -22,9 +24,12 @@ AutoProcessor.register(PaliGemmaFlowConfig, PaliGemmaFlowProcessor, exist_ok=Tru
 __all__ = [
     "ActionExpert",
     "CrossAttentionCache",
+    "PI0Collator",
     "PaliGemmaFlowCollator",
     "PaliGemmaFlowConfig",
     "PaliGemmaFlowForAction",
     "PaliGemmaFlowOutput",
     "PaliGemmaFlowProcessor",
+    "pi0_processor",
+    "pi0_vlm",
 ]

@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import BatchFeature
 
 from hf_aegis.models.processing_paligemma_flow import PaliGemmaFlowProcessor
-
-
-_KEYS = ("images", "instruction", "state", "actions", "action_is_pad")
+from hf_aegis.models.robot_items import check_items, stack_feature
 
 
 @dataclass
@@ -41,22 +38,12 @@ class PaliGemmaFlowCollator:
         Raises:
             ValueError: an item lacks a key, items differ in shape, or as of `prepare_action_inputs`.
         """
-        for index, item in enumerate(items):
-            if missing := [key for key in _KEYS if key not in item]:
-                raise ValueError(f"item {index} lacks {', '.join(missing)}; found {', '.join(map(str, item))}")
+        check_items(items)
         return self.processor.prepare_action_inputs(
             images=[item["images"] for item in items],
             text=[item["instruction"] for item in items],
-            state=_stack(items, "state"),
-            actions=_stack(items, "actions"),
-            action_is_pad=_stack(items, "action_is_pad"),
+            state=stack_feature(items, "state"),
+            actions=stack_feature(items, "actions"),
+            action_is_pad=stack_feature(items, "action_is_pad"),
             action_tokens=self.action_tokens,
         )
-
-
-def _stack(items: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    arrays = [np.asarray(item[key]) for item in items]
-    for index, array in enumerate(arrays):
-        if array.shape != arrays[0].shape:
-            raise ValueError(f"`{key}` of item {index} has shape {array.shape}, of item 0 {arrays[0].shape}")
-    return np.stack(arrays)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
-from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors import ActivationAnchor, find_decoder_layers
 from hf_aegis.gradients import Certificate, GradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
@@ -40,7 +40,12 @@ from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
-from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
+from hf_aegis.training.unsupported import (
+    refuse_cut_gradient,
+    refuse_other_layers,
+    refuse_speechless,
+    refuse_unsupported,
+)
 from hf_aegis.tuners.gse import GSEModel
 
 
@@ -55,8 +60,8 @@ class AEGISTrainer(HubTrainer):
     Fine-tunes a model while its decoder layers keep the activation statistics of an anchor (arXiv 2604.16067).
 
     It works on [`PaliGemmaFlowForAction`], on transformers' π0, and on any causal language model with its own loss.
-    π0's anchor is collected from π0 itself, `ActivationAnchor.collect(pi0, batches)`; it trains without activation
-    checkpointing, which would cut its vision-language model off.
+    π0 answers questions through the vision-language model inside, which it needs as its `answering_model`; it trains
+    without activation checkpointing, which would cut that off.
     Gradient accumulation projects each micro-batch by itself. Several processes (`torchrun`) train as one does with a
     batch as large as all of theirs, unless `args.projection_scope="rank"`. Training with `args.preserve="none"` and no
     `args.penalties` is that of a plain `Trainer`.
@@ -93,6 +98,10 @@ class AEGISTrainer(HubTrainer):
         certificate_batches (`Iterable[Mapping]`, *optional*):
             Forward arguments, few of them and none that the anchor has seen, on which it is measured how far layers
             and logits go from the pre-trained model's; see [`~gradients.Certificate`]. Needs an anchor with subspaces.
+        answering_model (`torch.nn.Module`, *optional*):
+            What is asked the questions of `vqa_holdout`, and run on replayed and on `certificate_batches`, where that
+            is not `model` itself: one that shares its decoder layers, such as [`~models.pi0_vlm`] of a π0. An anchor
+            with subspaces has to be collected from it.
         kwargs: All other arguments of the Trainer.
 
     Raises:
@@ -116,10 +125,14 @@ class AEGISTrainer(HubTrainer):
         replay_dataset: Any = None,
         replay_collator: Callable[[list[Any]], Any] | None = None,
         certificate_batches: Iterable[Mapping[str, Any]] | None = None,
+        answering_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_unsupported(model, args)
         refuse_cut_gradient(model, args)
+        refuse_other_layers(model, answering_model, args.decoder_layers)
+        if vqa_holdout is not None:
+            refuse_speechless(model if answering_model is None else answering_model)
         if args.needs_anchor and anchor is None:
             raise ValueError(f"{_because(args, 'transport')} needs an anchor")
         if args.needs_replay and replay_dataset is None:
@@ -160,7 +173,10 @@ class AEGISTrainer(HubTrainer):
             size = args.replay_batch_size or args.per_device_train_batch_size
             share = (args.process_index, args.world_size)
             replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed, *share)
-        self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, self._trained)
+        self._answering_model = answering_model
+        self.preservation = Preservation(
+            self.model, args, anchor, replay, self._replay_loss, self._trained, answering_model
+        )
         self.shield = self.preservation.shield
         if self.preservation.held is not None:
             self.add_callback(HeldSubspaceCallback(self.preservation.held, args.subspace_steps))
@@ -193,7 +209,7 @@ class AEGISTrainer(HubTrainer):
         self.add_callback(MetricsCallback(args.output_dir))
         self.add_callback(LogAtSaves())
         if vqa_holdout is not None:
-            self.add_callback(VQACallback(vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log))
+            self.add_callback(VQACallback(vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log, answering_model))
 
     @property
     def non_finite_guard(self) -> NonFiniteGuard:
@@ -284,14 +300,18 @@ class AEGISTrainer(HubTrainer):
 
     def _certificate(self, batches: Iterable[Mapping[str, Any]]) -> Certificate:
         assert self.anchor is not None
-        held = self.preservation.held
-        return Certificate(self.model, batches, self.anchor, held=held, layers=self.args.decoder_layers)
+        layers = find_decoder_layers(self.model, self.args.decoder_layers)
+        return Certificate(self._answers(), batches, self.anchor, held=self.preservation.held, layers=layers)
 
     def _replay_loss(self, batch: Any) -> Tensor:
         inputs = self._prepare_inputs(batch)
         # Not left to the model: when EWC's Fisher information is estimated, accelerate has not wrapped it yet.
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            return self.model(**inputs).loss
+            return self._answers()(**inputs).loss
+
+    def _answers(self) -> nn.Module:
+        """What runs on questions."""
+        return self.model if self._answering_model is None else self._answering_model
 
     def evaluation_loop(
         self,

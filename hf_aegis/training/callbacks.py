@@ -138,17 +138,25 @@ class VQACallback(TrainerCallback):
         steps (`int`): Steps between evaluations.
         accuracy (`bool`): Whether answers are generated too.
         log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
+        answering (`torch.nn.Module`, *optional*): What is asked, where that is not the trained model itself.
     """
 
     def __init__(
-        self, holdout: "VQAHoldout", steps: int, accuracy: bool, log: Callable[[dict[str, float]], None]
+        self,
+        holdout: "VQAHoldout",
+        steps: int,
+        accuracy: bool,
+        log: Callable[[dict[str, float]], None],
+        answering: torch.nn.Module | None = None,
     ) -> None:
         self.holdout = holdout
         self.steps = steps
         self.accuracy = accuracy
         self.log = log
+        self.answering = answering
 
     def _evaluate(self, model: torch.nn.Module) -> None:
+        model = model if self.answering is None else self.answering
         result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
         figures = {"vqa_cross_entropy": result.cross_entropy, "vqa_accuracy": result.accuracy}
         self.log({name: value for name, value in figures.items() if value is not None})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors import ActivationAnchor, find_decoder_layers
 from hf_aegis.gradients import (
     AdamMetric,
     DistillationLoss,
@@ -48,6 +48,9 @@ class Preservation:
         kept (`Callable`):
             Gives what `"l2sp"` and `"ewc"` hold, by name: all that trains but the action expert. It is asked after
             held subspaces have frozen what they need frozen.
+        answering (`torch.nn.Module`, *optional*):
+            What replayed batches and the anchor's subspaces are of, where that is not the model itself: one that
+            shares its decoder layers.
 
     Attributes:
         held ([`HeldSubspace`], *optional*): What restores the subspaces after each optimiser step.
@@ -64,9 +67,13 @@ class Preservation:
         replay: ReplayBatches | None,
         replay_loss: Callable[[Any], Tensor],
         kept: Callable[[], Mapping[str, Parameter]],
+        answering: nn.Module | None = None,
     ) -> None:
         penalties = args.penalties or {}
-        self.held = self._hold(model, args, anchor) if args.holds_subspaces else None
+        self._answering = model if answering is None else answering
+        # Found in the model: their path in the other one is another.
+        self._layers = args.decoder_layers if answering is None else find_decoder_layers(model, args.decoder_layers)
+        self.held = self._hold(args, anchor) if args.holds_subspaces else None
         self.weights = weights = dict(kept())
         self.means = RunningMeans()
         self._number, self._share = 0, 1.0
@@ -132,19 +139,18 @@ class Preservation:
         weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
         return {**self.means.read(total), **weights}
 
-    @staticmethod
-    def _hold(model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
+    def _hold(self, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
         assert anchor is not None
         energy: Any = args.subspace_energy
         if args.subspace_energies:
             energy = args.subspace_energies | {"*": 1.0 if energy is None else energy}
         return HeldSubspace(
-            model,
+            self._answering,
             anchor,
             energy=energy,
             sensitivity=args.subspace_sensitivity,
             softness=args.subspace_softness,
-            layers=args.decoder_layers,
+            layers=self._layers,
             freeze=args.freeze_unheld,
         )
 
@@ -166,7 +172,7 @@ class Preservation:
         assert anchor is not None
         if args.reference == "replayed_transport":
             scope: Any = args.projection_scope
-            transport = TransportLoss(model, anchor, layers=args.decoder_layers, scope=scope)
+            transport = TransportLoss(self._answering, anchor, layers=self._layers, scope=scope)
             return ReplayShield(model, partial(self._next_replayed_penalty, transport), seed=args.seed, **options)
         return GradientShield(
             model,

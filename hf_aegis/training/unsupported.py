@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PI0ForConditionalGeneration
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from hf_aegis.anchors.decoder_layers import unwrap_model
+from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
 from hf_aegis.training.aegis_config import AEGISConfig
 
 
@@ -69,4 +69,33 @@ def refuse_cut_gradient(model: nn.Module, args: AEGISConfig) -> None:
             f"activation_checkpointing is not supported for {type(base).__name__}: checkpointed layers do not write "
             "the cache through which its action expert reads the vision-language model, to which no gradient would "
             "come back"
+        )
+
+
+def refuse_other_layers(model: nn.Module, answering: nn.Module | None, layers: str | None) -> None:
+    """
+    Raises:
+        ValueError: If the model that answers questions has not the decoder layers of the one that trains.
+    """
+    if answering is None:
+        return
+    trained = list(find_decoder_layers(model, layers))
+    inside = {id(module) for module in answering.modules()}
+    if any(id(layer) not in inside for layer in trained):
+        raise ValueError(
+            f"answering_model, a {type(unwrap_model(answering)).__name__}, does not have the decoder layers of the "
+            f"{type(unwrap_model(model)).__name__} that is trained: it has to share them, or it will never change"
+        )
+
+
+def refuse_speechless(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: If the model that is to be asked questions cannot generate text.
+    """
+    base = unwrap_model(model)
+    if not callable(getattr(base, "generate", None)):
+        raise ValueError(
+            f"vqa_holdout: a {type(base).__name__} does not answer questions; give the model that does as "
+            "answering_model (of a π0, hf_aegis.models.pi0_vlm(model))"
         )
