@@ -8,7 +8,7 @@ from transformers import SchedulerType, TrainingArguments
 from hf_aegis.gradients.combiners import COMBINERS
 from hf_aegis.gradients.data_parallel import PROJECTION_SCOPES
 from hf_aegis.gradients.projector import GRANULARITIES
-from hf_aegis.gradients.shield import DUAL_BACKWARDS
+from hf_aegis.gradients.reference_backward import DUAL_BACKWARDS
 
 
 PRESERVE = ("projection", "subspace", "both", "none")
