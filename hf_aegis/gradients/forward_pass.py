@@ -40,30 +40,30 @@ class LayerRecord:
     One layer's output in one forward pass.
 
     Attributes:
+        outlet (`GradientEdge`): The layer's output in the graph, from where the layer above reads it.
         products (`Sequence[ReferenceProduct]`): Between it and the output of the layer below, uppermost first.
         hidden (`Tensor` of shape `(B, T, D)`, *optional*): The output, for the two-pass form with its graph; dropped
             once it was used.
         version (`int`): The output's version, which changes where it is changed in place.
         moments ([`LayerMoments`]): Those of the output, in this process.
         mask (`Tensor` of shape `(B, T)`, *optional*): Which tokens count.
+        rows (`int`, *optional*): The batch's first rows that `products`, `hidden`, `moments` and `mask` are of, where
+            the reference does not go through all.
         penalty ([`LayerPenalty`], *optional*): The layer's share of the penalty, from when the backward pass comes.
         others ([`LayerMoments`], *optional*): The moments in all other processes, where there are any.
         cotangent (`Tensor`, *optional*): The reference on its way down, where the next product begins.
     """
 
+    outlet: GradientEdge
     products: Sequence[ReferenceProduct]
     hidden: Tensor | None
     version: int
     moments: LayerMoments
     mask: Tensor | None
+    rows: int | None = None
     penalty: LayerPenalty | None = None
     others: LayerMoments | None = None
     cotangent: Tensor | None = None
-
-    @property
-    def output(self) -> GradientEdge:
-        """Where the layer's output is in the graph."""
-        return self.products[0].output
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -101,6 +101,13 @@ class ForwardPass:
     def below(self, index: int) -> int | None:
         """The next recorded layer below layer `index`, if there is one."""
         return max((other for other in self.layers if other < index), default=None)
+
+    def skip(self) -> None:
+        """Has it that no reference is to go through the layers."""
+        for record in self.layers.values():
+            record.hidden = None
+            for product in record.products:
+                product.done = True
 
     def products_from_above(self) -> Iterator[tuple[int, int]]:
         """Layer and number of each product, in the order in which the reference goes through them."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
@@ -15,6 +15,7 @@ from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, ReferenceP
 from hf_aegis.gradients.graph import GraphPiece, LayerLeakError, split_at_bottlenecks, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.layer_entry import LayerEntry, in_backward
+from hf_aegis.gradients.row_split import RowSplit
 from hf_aegis.gradients.token_mask import TokenMask
 
 
@@ -32,15 +33,17 @@ class PassRecorder:
         streaming (`bool`):
             Whether the reference is to go through the layers one by one, which therefore have to be a chain. If not,
             outputs are kept with their graph.
+        split ([`RowSplit`]): Has the part of each layer's output that the reference is to be of, where it is a part.
 
     Attributes:
         passes (`list[ForwardPass]`): The forward passes whose backward pass has not been.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], token_mask: TokenMask, streaming: bool) -> None:
+    def __init__(self, layers: Iterable[nn.Module], token_mask: TokenMask, streaming: bool, split: RowSplit) -> None:
         self.layers = layers
         self.token_mask = token_mask
         self.streaming = streaming
+        self.split = split
         self.passes: list[ForwardPass] = []
         self._outputs: dict[Node, tuple[ForwardPass, int]] = {}
 
@@ -84,6 +87,7 @@ class PassRecorder:
         if not torch.is_grad_enabled():
             return
         hidden = hidden_output(output)
+        part = self.split.first.pop(index, None)
         if in_backward():
             if self.passes:
                 return  # the model's own checkpointing recomputes what was recorded
@@ -99,9 +103,10 @@ class PassRecorder:
         forward = self.passes[-1]
         if index in forward.layers:
             raise LayerLeakError(f"decoder layer {index} ran twice in one forward pass, which has no single anchor")
-        pieces = self._read_graph(forward, index, hidden, groups)
-        forward.layers[index] = self._record(hidden, pieces)
-        self._outputs[pieces[0].output.node] = (forward, index)
+        outlet = get_gradient_edge(hidden)
+        pieces = self._read_graph(forward, index, hidden if part is None else part, groups)
+        forward.layers[index] = self._record(outlet, hidden, part, pieces)
+        self._outputs[outlet.node] = (forward, index)
         for number, piece in enumerate(pieces):
             entry = LayerEntry(shield, forward, index, number)
             for node in piece.nodes:
@@ -122,15 +127,21 @@ class PassRecorder:
             return split_at_bottlenecks(edge, segment, groups.names)
         return [GraphPiece(edge, segment.nodes, segment.parameters)]
 
-    def _record(self, hidden: Tensor, pieces: Sequence[GraphPiece]) -> LayerRecord:
-        detached = hidden.detach()
+    def _record(
+        self, outlet: GradientEdge, hidden: Tensor, part: Tensor | None, pieces: Sequence[GraphPiece]
+    ) -> LayerRecord:
         mask = self.token_mask.current()
+        rows = None if part is None else len(part)
+        detached = hidden.detach() if rows is None else hidden.detach()[:rows]
+        mask = None if mask is None else mask[:rows]
         with torch.no_grad():
             moments = LayerMoments.of(detached, mask)
         return LayerRecord(
+            outlet=outlet,
             products=[ReferenceProduct(piece.output, piece.parameters) for piece in pieces],
             hidden=detached if self.streaming else hidden,
             version=detached._version,
             moments=moments,
             mask=mask,
+            rows=rows,
         )

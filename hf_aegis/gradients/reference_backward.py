@@ -48,7 +48,7 @@ def _differentiate(
     within = number + 1 < len(record.products)
     lower = forward.below(index)
     receiver = record if within else None if lower is None else forward.layers[lower]
-    below = [] if receiver is None else [record.products[number + 1].output if within else receiver.output]
+    below = [] if receiver is None else [record.products[number + 1].output if within else receiver.outlet]
     inputs: list[Any] = [*below, *product.parameters.values()]
     if cotangent is None or not inputs:
         return
@@ -56,7 +56,7 @@ def _differentiate(
         [product.output], inputs, grad_outputs=[cotangent], retain_graph=True, allow_unused=True
     )
     if receiver is not None:
-        receiver.cotangent = gradients[0]
+        receiver.cotangent = gradients[0] if within or gradients[0] is None else gradients[0][: receiver.rows]
     _add_all(list(product.parameters), gradients[len(below) :], add_reference)
 
 

@@ -50,6 +50,7 @@ from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.forward_pass import ForwardPass
 from hf_aegis.gradients.graph import LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
+from hf_aegis.gradients.kept_references import KeptReferences
 from hf_aegis.gradients.layer_entry import Phase
 from hf_aegis.gradients.pass_recorder import PassRecorder
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
@@ -62,6 +63,7 @@ from hf_aegis.gradients.reference_backward import (
     differentiate_penalties,
     stream_reference,
 )
+from hf_aegis.gradients.row_split import RowSplit
 from hf_aegis.gradients.token_mask import TokenMask
 
 
@@ -121,6 +123,15 @@ class GradientShield:
             against the penalty of its own tokens, and takes the mean of what comes out: what is sent is what plain
             data parallelism sends, but the mean of projected gradients may work against the reference direction of
             the whole batch, and each process reports its own figures.
+        reference_interval (`int`, *optional*, defaults to 1):
+            Computes the reference direction in every so many-th backward pass, and projects off the same one in those
+            between, which then cost little more than without a shield. An approximation: the direction is that of
+            another batch and of earlier weights. One set of reference gradients is kept between backward passes.
+        reference_share (`float`, *optional*, defaults to 1.0):
+            Computes the reference direction from this share of each batch, its first rows, rounded up. An
+            approximation: statistics and penalty are those of fewer tokens. Layers then run on the two parts of a
+            batch one after the other, which must not make a difference to them; with several processes, each takes
+            the share from its own rows. Only with `"streaming"`.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that share the batch; by default that of a `DistributedDataParallel`, else all processes, if
             torch.distributed was initialised. All must enter the block, and run forward and backward passes, alike.
@@ -170,6 +181,8 @@ class GradientShield:
         layers: str | nn.ModuleList | None = None,
         drop_non_finite: bool = True,
         projection_scope: ProjectionScope = "global",
+        reference_interval: int = 1,
+        reference_share: float = 1.0,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         if dual_backward not in DUAL_BACKWARDS:
@@ -180,6 +193,10 @@ class GradientShield:
             raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
         if not penalty_scale > 0:
             raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
+        self._kept = KeptReferences(reference_interval)
+        self._split = RowSplit(reference_share)
+        if reference_share != 1 and dual_backward != "streaming":
+            raise ValueError(f'reference_share={reference_share} needs dual_backward="streaming"')
         self.wrapper = model
         self.model = model = inside_ddp(model)
         self.layers = find_decoder_layers(model, layers)
@@ -206,9 +223,10 @@ class GradientShield:
         self._reduction: PairedReduction | None = None
         self._average: GradientAverage | None = None
         self._averages = False
+        self._refreshes = True
         self._block = contextlib.ExitStack()
         token_mask = TokenMask(model, anchor.fingerprint.tokens)
-        self._recorder = PassRecorder(self.layers, token_mask, streaming=dual_backward == "streaming")
+        self._recorder = PassRecorder(self.layers, token_mask, dual_backward == "streaming", self._split)
         self._backward_passes = 0
         self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
@@ -241,6 +259,7 @@ class GradientShield:
         else:
             self._exchange = None
         self._handles.extend(self._recorder.follow(self, groups, self._before_forward))
+        self._split.take_over(self.layers)
         for index, layer in enumerate(self.layers):
             if getattr(layer, "gradient_checkpointing", False):
                 self._take_over_checkpointing(index, layer)
@@ -264,6 +283,7 @@ class GradientShield:
         for handle in self._handles:
             handle.remove()
         self._recompute.give_back()
+        self._split.give_back()
         self._abandon()
         self._block.close()
         self._handles.clear()
@@ -272,6 +292,8 @@ class GradientShield:
 
     def _abandon(self) -> None:
         """Lets go of a backward pass that did not come to its end."""
+        if self._projector is not None:
+            self._kept.clear()
         if self._reduction is not None:
             self._reduction.abandon()
         self._projector = self._reduction = self._average = None
@@ -292,6 +314,9 @@ class GradientShield:
         assert self._projector is not None
         if not forward.entered:
             self._find_penalties(forward)
+        if not self._refreshes:
+            forward.skip()
+            return
         self._phase.is_reference = True
         try:
             if self.dual_backward == "two_pass":
@@ -305,20 +330,24 @@ class GradientShield:
         assert self._groups is not None
         self.report = None
         self._backward_passes += 1
+        self._refreshes = self._kept.begin()
         self._average = GradientAverage(self._processes) if self._averages and self._processes is not None else None
         self._projector = projector = GradientProjector(
             self._groups.group_of,
             self.granularity,
             self.combiner,
             self.metric,
-            self.on_reference,
+            self._kept.keeping(self.on_reference),
             None if self._average is None else self._average.add,
         )
+        for name, reference in self._kept.references.items():
+            projector.add_reference(name, reference)
         if self._exchange is not None:
             self._reduction = PairedReduction(
                 self._exchange.process_group,
                 self._groups.group_of,
-                projector.take_reference,
+                # What is kept was brought together already.
+                projector.take_reference if self._refreshes else _no_reference,
                 projector.add_reference,
                 self._take_gradient,
             )
@@ -406,6 +435,8 @@ class GradientShield:
         penalties = [r.penalty for forward in entered for r in forward.layers.values() if r.penalty is not None]
         self._recorder.forget(entered)
         dot, task, reference, alpha = scalars.unbind(dim=1)
+        if self._refreshes and self._kept.references and not bool(torch.isfinite(reference).all()):
+            self._kept.clear()
         empty = torch.zeros(0)
         self.report = ProjectionReport(
             groups=groups,
@@ -430,6 +461,7 @@ class GradientShield:
         if self._groups is None or key != self._groups_key:
             self._check_devices()
             self._groups = ParameterGroups(self.model, self.layers)
+            self._kept.clear()
             self._groups_key = key
         return self._groups
 
@@ -450,3 +482,7 @@ class GradientShield:
             self._recompute.take_over(layer)
         else:
             refuse_reentrant(index, layer)
+
+
+def _no_reference(name: str) -> None:
+    return None
