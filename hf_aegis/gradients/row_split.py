@@ -57,8 +57,7 @@ class RowSplit:
     def _forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        size = len(hidden)
+        size = _batch_size([*args, *kwargs.values()])
         rows = math.ceil(self.share * size)
         if rows == size:
             return forward(*args, **kwargs)
@@ -69,12 +68,23 @@ class RowSplit:
         return _joined(first, rest)
 
 
+def _batch_size(arguments: Iterable[Any]) -> int:
+    """That of the hidden states, the first `(B, T, D)` tensor among a layer's arguments."""
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dim() == 3:
+            return len(value)
+    raise ValueError(
+        "a decoder layer is called without (batch, tokens, width) hidden states, whose rows could be split; leave "
+        "reference_share at 1"
+    )
+
+
 def _rows(value: Any, part: slice, size: int) -> Any:
     """The rows of everything in `value` that has one for each of the batch's `size` samples."""
     if isinstance(value, Tensor):
         # What has one dimension, such as cache positions, is of tokens.
         return value[part] if value.dim() > 1 and len(value) == size else value
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         return type(value)(_rows(each, part, size) for each in value)
     if isinstance(value, Mapping):
         return {name: _rows(each, part, size) for name, each in value.items()}

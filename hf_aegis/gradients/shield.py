@@ -7,9 +7,10 @@ of the task loss is about to enter a layer, the layer's share of the reference d
 
 - `"streaming"`: the reference cotangent that came down from the layer above, plus this layer's own closed-form penalty
   gradient, goes through this layer's part of the graph only. Then autograd continues with the task cotangent through
-  the same part, the layer's parameters are projected, and both graph and reference are dropped. One layer's
-  reference gradients exist at a time, except with `granularity="global"`, whose one projection at the end needs all.
-  Under gradient checkpointing one recomputation serves both products.
+  the same part, the layer's parameters are projected, and both graph and reference are dropped. Where a layer's
+  branches meet in between, on the residual stream, the two take turns there already, so that activations are freed
+  early. One layer's reference gradients exist at a time, except with `granularity="global"`, whose one projection at
+  the end needs all. Under gradient checkpointing one recomputation serves both products.
 - `"two_pass"`: the readable reference. The whole penalty is differentiated by autograd, before the task gradient
   enters the uppermost layer; all reference gradients exist at once.
 
