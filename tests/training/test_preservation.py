@@ -414,7 +414,7 @@ def test_the_figures_are_logged(train, tmp_path):
         ({"projection_target": "weights"}, "projection_target must be one of"),
         ({"projection_metric": "sgd"}, "projection_metric must be one of"),
         ({"reference_interval": 0}, "reference_interval must be at least 1, found 0"),
-        ({"reference_share": 0.0}, r"reference_share must lie in \(0, 1\], found 0.0"),
+        ({"reference_share": 0.0}, "reference_share must lie in (0, 1], found 0.0"),
         ({"reference_share": 0.5, "dual_backward": "two_pass"}, "reference_share=0.5 needs dual_backward"),
         ({"reference_share": 0.5, "per_device_train_batch_size": 1}, "has no effect with per_device_train_batch_size"),
         ({"preserve": "none", "reference_interval": 2}, "reference_interval=2 has no effect with"),
