@@ -1,5 +1,6 @@
 """Reading the autograd graph between the outputs of two neighbouring layers."""
 
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -68,3 +69,65 @@ def walk_segment(output: GradientEdge, boundaries: Container[Node], names: Mappi
                 seen.add(child)
                 stack.append(child)
     return GraphSegment(nodes, parameters, reached)
+
+
+@dataclass(frozen=True)
+class GraphPiece:
+    """
+    A stretch of a layer's graph that everything below it is reached through.
+
+    Attributes:
+        output (`torch.autograd.graph.GradientEdge`): Where it begins: the layer's output, or a bottleneck below it.
+        nodes (`list[torch.autograd.graph.Node]`): Its backward nodes, leaves excluded.
+        parameters (`dict[str, torch.nn.Parameter]`): Trainable parameters that it uses, by name.
+    """
+
+    output: GradientEdge
+    nodes: list[Node]
+    parameters: dict[str, Parameter]
+
+
+def split_at_bottlenecks(output: GradientEdge, segment: GraphSegment, names: Mapping[int, str]) -> list[GraphPiece]:
+    """
+    Cuts a layer's graph where all of its branches meet again, as they do on the residual stream between attention and
+    feed-forward block, so that one piece can be differentiated, and freed, before the next.
+
+    Args:
+        output (`torch.autograd.graph.GradientEdge`): The layer's hidden output.
+        segment ([`GraphSegment`]): What [`walk_segment`] found below it.
+        names (`Mapping[int, str]`): `id` of each trainable parameter of the model, with its name.
+
+    Returns:
+        `list[GraphPiece]`: The uppermost first; a single one where the branches do not meet.
+    """
+    own = set(segment.nodes)
+    readers: Counter[Node] = Counter()
+    split_outputs: set[Node] = set()
+    for node in segment.nodes:
+        for child, number in node.next_functions:
+            if child in own:
+                readers[child] += 1
+                if number:
+                    split_outputs.add(child)
+    pieces = [GraphPiece(output, [], {})]
+    unread = dict(readers)
+    ready, waiting, left = [output.node], set[Node](), False
+    while ready:
+        node = ready.pop()
+        # All other branches have come to an end, or to this node: what is below is reached through it alone.
+        if not ready and not waiting and not left and readers[node] > 1 and node not in split_outputs:
+            pieces.append(GraphPiece(GradientEdge(node, 0), [], {}))
+        pieces[-1].nodes.append(node)
+        for child, _ in node.next_functions:
+            if child in segment.boundaries:
+                left = True
+            elif child in own:
+                unread[child] -= 1
+                if unread[child]:
+                    waiting.add(child)
+                else:
+                    waiting.discard(child)
+                    ready.append(child)
+            elif (name := names.get(id(getattr(child, "variable", None)))) is not None:
+                pieces[-1].parameters[name] = segment.parameters[name]
+    return pieces

@@ -24,14 +24,17 @@ def in_backward() -> bool:
 
 
 class LayerEntry:
-    """Called by autograd before each node of a layer. The graph must not own the records, which own the graph."""
+    """
+    Called by autograd before each node of a layer's product. The graph must not own the records, which own the graph.
+    """
 
-    __slots__ = ("_forward", "_index", "_shield")
+    __slots__ = ("_forward", "_index", "_number", "_shield")
 
-    def __init__(self, shield: "GradientShield", forward: ForwardPass, index: int) -> None:
+    def __init__(self, shield: "GradientShield", forward: ForwardPass, index: int, number: int) -> None:
         self._shield = weakref.ref(shield)
         self._forward = weakref.ref(forward)
         self._index = index
+        self._number = number
 
     def __call__(self, gradients: object) -> None:
         forward = self._forward()
@@ -40,7 +43,7 @@ class LayerEntry:
                 "a backward pass went through decoder layers whose shield no longer watches them: run forward and "
                 "backward inside one `with shield:` block, and each backward pass once"
             )
-        if not forward.layers[self._index].done:
+        if not forward.layers[self._index].products[self._number].done:
             shield = self._shield()
             assert shield is not None, "a shield owns its forward passes"
-            shield.enter_layer(forward, self._index)
+            shield.enter_layer(forward, self._index, self._number)

@@ -7,9 +7,10 @@ of the task loss is about to enter a layer, the layer's share of the reference d
 
 - `"streaming"`: the reference cotangent that came down from the layer above, plus this layer's own closed-form penalty
   gradient, goes through this layer's part of the graph only. Then autograd continues with the task cotangent through
-  the same part, the layer's parameters are projected, and both graph and reference are dropped. One layer's
-  reference gradients exist at a time, except with `granularity="global"`, whose one projection at the end needs all.
-  Under gradient checkpointing one recomputation serves both products.
+  the same part, the layer's parameters are projected, and both graph and reference are dropped. Where a layer's
+  branches meet in between, on the residual stream, the two take turns there already, so that activations are freed
+  early. One layer's reference gradients exist at a time, except with `granularity="global"`, whose one projection at
+  the end needs all. Under gradient checkpointing one recomputation serves both products.
 - `"two_pass"`: the readable reference. The whole penalty is differentiated by autograd, before the task gradient
   enters the uppermost layer; all reference gradients exist at once.
 
@@ -23,24 +24,21 @@ DistributedDataParallel's own reduction: N processes with batch b do what one do
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.functional.bures import DEFAULT_EPS
-from hf_aegis.gradients.chain import check_chain, check_parameters, check_sources
 from hf_aegis.gradients.combiners import Combiner, OneSidedGramSchmidt
 from hf_aegis.gradients.data_parallel import (
     PROJECTION_SCOPES,
-    LayerMoments,
     MomentsExchange,
     ProjectionScope,
     find_process_group,
@@ -50,14 +48,23 @@ from hf_aegis.gradients.data_parallel import (
     without_ddp_reduction,
 )
 from hf_aegis.gradients.diagnostics import ProjectionReport
-from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_output
-from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
+from hf_aegis.gradients.forward_pass import ForwardPass
+from hf_aegis.gradients.graph import LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
-from hf_aegis.gradients.layer_entry import LayerEntry, Phase, in_backward
+from hf_aegis.gradients.kept_references import KeptReferences
+from hf_aegis.gradients.layer_entry import Phase
+from hf_aegis.gradients.pass_recorder import PassRecorder
 from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
 from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
 from hf_aegis.gradients.reduction import GradientAverage, PairedReduction
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
+from hf_aegis.gradients.reference_backward import (
+    DUAL_BACKWARDS,
+    DualBackward,
+    differentiate_penalties,
+    stream_reference,
+)
+from hf_aegis.gradients.row_split import RowSplit
 from hf_aegis.gradients.token_mask import TokenMask
 
 
@@ -68,9 +75,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-DualBackward = Literal["streaming", "two_pass"]
-DUAL_BACKWARDS: tuple[DualBackward, ...] = ("streaming", "two_pass")
 
 
 class GradientShield:
@@ -120,6 +124,15 @@ class GradientShield:
             against the penalty of its own tokens, and takes the mean of what comes out: what is sent is what plain
             data parallelism sends, but the mean of projected gradients may work against the reference direction of
             the whole batch, and each process reports its own figures.
+        reference_interval (`int`, *optional*, defaults to 1):
+            Computes the reference direction in every so many-th backward pass, and projects off the same one in those
+            between, which then cost little more than without a shield. An approximation: the direction is that of
+            another batch and of earlier weights. One set of reference gradients is kept between backward passes.
+        reference_share (`float`, *optional*, defaults to 1.0):
+            Computes the reference direction from this share of each batch, its first rows, rounded up. An
+            approximation: statistics and penalty are those of fewer tokens. Layers then run on the two parts of a
+            batch one after the other, which must not make a difference to them; with several processes, each takes
+            the share from its own rows. Only with `"streaming"`.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
             The processes that share the batch; by default that of a `DistributedDataParallel`, else all processes, if
             torch.distributed was initialised. All must enter the block, and run forward and backward passes, alike.
@@ -169,6 +182,8 @@ class GradientShield:
         layers: str | nn.ModuleList | None = None,
         drop_non_finite: bool = True,
         projection_scope: ProjectionScope = "global",
+        reference_interval: int = 1,
+        reference_share: float = 1.0,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         if dual_backward not in DUAL_BACKWARDS:
@@ -179,6 +194,10 @@ class GradientShield:
             raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
         if not penalty_scale > 0:
             raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
+        self._kept = KeptReferences(reference_interval)
+        self._split = RowSplit(reference_share)
+        if reference_share != 1 and dual_backward != "streaming":
+            raise ValueError(f'reference_share={reference_share} needs dual_backward="streaming"')
         self.wrapper = model
         self.model = model = inside_ddp(model)
         self.layers = find_decoder_layers(model, layers)
@@ -205,10 +224,10 @@ class GradientShield:
         self._reduction: PairedReduction | None = None
         self._average: GradientAverage | None = None
         self._averages = False
+        self._refreshes = True
         self._block = contextlib.ExitStack()
-        self._token_mask = TokenMask(model, anchor.fingerprint.tokens)
-        self._passes: list[ForwardPass] = []
-        self._outputs: dict[Node, tuple[ForwardPass, int]] = {}
+        token_mask = TokenMask(model, anchor.fingerprint.tokens)
+        self._recorder = PassRecorder(self.layers, token_mask, dual_backward == "streaming", self._split)
         self._backward_passes = 0
         self._entered_passes = 0
         self._handles: list[RemovableHandle] = []
@@ -240,9 +259,9 @@ class GradientShield:
                 self._exchange = MomentsExchange(self._processes)
         else:
             self._exchange = None
-        self._handles.extend(self._token_mask.follow())
+        self._handles.extend(self._recorder.follow(self, groups, self._before_forward))
+        self._split.take_over(self.layers)
         for index, layer in enumerate(self.layers):
-            self._handles.append(layer.register_forward_hook(partial(self._on_layer_output, index)))
             if getattr(layer, "gradient_checkpointing", False):
                 self._take_over_checkpointing(index, layer)
         for name, parameter in groups.parameters.items():
@@ -250,7 +269,9 @@ class GradientShield:
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._on_accumulated, name)))
 
     def __exit__(self, exception_type: type[BaseException] | None, *exception: object) -> None:
-        unreached = self._backward_passes > 0 and self._entered_passes == 0 and any(p.layers for p in self._passes)
+        unreached = (
+            self._backward_passes > 0 and self._entered_passes == 0 and any(p.layers for p in self._recorder.passes)
+        )
         self._release()
         if unreached and exception_type is None:
             raise LostGradientError(
@@ -263,83 +284,46 @@ class GradientShield:
         for handle in self._handles:
             handle.remove()
         self._recompute.give_back()
+        self._split.give_back()
         self._abandon()
         self._block.close()
         self._handles.clear()
-        self._passes.clear()
-        self._outputs.clear()
+        self._recorder.clear()
         self._active = False
 
     def _abandon(self) -> None:
         """Lets go of a backward pass that did not come to its end."""
+        if self._projector is not None:
+            self._kept.clear()
         if self._reduction is not None:
             self._reduction.abandon()
         self._projector = self._reduction = self._average = None
 
-    # -- forward ------------------------------------------------------------------------------------------------------
-
-    def _on_layer_output(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        hidden = hidden_output(output)
-        if in_backward():
-            if self._passes:
-                return  # the model's own checkpointing recomputes what was recorded
-            raise LayerLeakError(
-                "decoder layers ran without gradients and are recomputed within the backward pass, where their graph "
-                'cannot be read: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-        if index == 0 or not self._passes:
-            self._begin_forward()
-        if not hidden.requires_grad:
-            return  # nothing below this output trains
-        forward = self._passes[-1]
-        if index in forward.layers:
-            raise LayerLeakError(f"decoder layer {index} ran twice in one forward pass, which has no single anchor")
-        assert self._groups is not None
-        edge = get_gradient_edge(hidden)
-        segment = walk_segment(edge, self._outputs, self._groups.names)
-        sources = [self._outputs[node] for node in segment.boundaries]
-        check_sources(forward, index, sources)
-        if self.dual_backward == "streaming":
-            check_chain(forward, index, [source for _, source in sources])
-            check_parameters(forward, index, segment.parameters, self._groups)
-        self._groups.note_reached(segment.parameters)
-        detached = hidden.detach()
-        mask = self._token_mask.current()
-        with torch.no_grad():
-            moments = LayerMoments.of(detached, mask)
-        kept = hidden if self.dual_backward == "two_pass" else detached
-        forward.layers[index] = LayerRecord(edge, segment.parameters, kept, kept._version, moments, mask)
-        self._outputs[edge.node] = (forward, index)
-        entry = LayerEntry(self, forward, index)
-        for node in segment.nodes:
-            node.register_prehook(entry)
-
-    def _begin_forward(self) -> None:
+    def _before_forward(self) -> None:
         refuse_ddp_reduction()
         if self._projector is not None:
             # An earlier backward pass raised before its end, and the caller went on.
             self._abandon()
-            self._forget([forward for forward in self._passes if forward.entered])
-        self._passes.append(ForwardPass())
+            self._recorder.forget([forward for forward in self._recorder.passes if forward.entered])
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def enter_layer(self, forward: ForwardPass, index: int) -> None:
-        """Runs before the task's backward pass first touches a node of a layer."""
+    def enter_layer(self, forward: ForwardPass, index: int, number: int) -> None:
+        """Runs before the task's backward pass first touches a node of product `number` of a layer."""
         if self._projector is None:
             self._begin_backward()
+        assert self._projector is not None
         if not forward.entered:
             self._find_penalties(forward)
+        if not self._refreshes:
+            forward.skip()
+            return
         self._phase.is_reference = True
         try:
             if self.dual_backward == "two_pass":
-                self._differentiate_all(forward)
+                differentiate_penalties(forward, self._penalty, self._projector.add_reference)
             else:
-                for upper in sorted((i for i in forward.layers if i >= index), reverse=True):
-                    if not forward.layers[upper].done:
-                        self._differentiate_layer(forward, upper)
+                stream_reference(forward, index, number, self._projector.add_reference)
         finally:
             self._phase.is_reference = False
 
@@ -347,24 +331,28 @@ class GradientShield:
         assert self._groups is not None
         self.report = None
         self._backward_passes += 1
+        self._refreshes = self._kept.begin()
         self._average = GradientAverage(self._processes) if self._averages and self._processes is not None else None
         self._projector = projector = GradientProjector(
             self._groups.group_of,
             self.granularity,
             self.combiner,
             self.metric,
-            self.on_reference,
+            self._kept.keeping(self.on_reference),
             None if self._average is None else self._average.add,
         )
+        for name, reference in self._kept.references.items():
+            projector.add_reference(name, reference)
         if self._exchange is not None:
             self._reduction = PairedReduction(
                 self._exchange.process_group,
                 self._groups.group_of,
-                projector.take_reference,
+                # What is kept was brought together already.
+                projector.take_reference if self._refreshes else _no_reference,
                 projector.add_reference,
                 self._take_gradient,
             )
-        for forward in self._passes:
+        for forward in self._recorder.passes:
             for record in forward.layers.values():
                 projector.expect(record.parameters)
                 if self._reduction is not None:
@@ -385,53 +373,6 @@ class GradientShield:
                 record.others = others
         for index, record in records.items():
             record.penalty = self._penalty.of(index, moments[index], record.mask)
-
-    def _differentiate_layer(self, forward: ForwardPass, index: int) -> None:
-        record = forward.layers[index]
-        hidden = record.take_hidden(index)
-        assert record.penalty is not None
-        cotangent = record.penalty.cotangent(hidden)
-        from_above = forward.cotangents.pop(index, None)
-        if from_above is not None:
-            cotangent = cotangent + from_above
-        lower = forward.below(index)
-        below = [] if lower is None else [forward.layers[lower].output]
-        inputs: list[Any] = [*below, *record.parameters.values()]
-        if not inputs:
-            return
-        gradients = torch.autograd.grad(
-            [record.output],
-            inputs,
-            grad_outputs=[cotangent],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        if lower is not None:
-            forward.cotangents[lower] = gradients[0]
-        self._add_references(list(record.parameters), gradients[len(below) :])
-
-    def _differentiate_all(self, forward: ForwardPass) -> None:
-        parameters: dict[str, Parameter] = {}
-        penalties = []
-        with torch.enable_grad():
-            for index, record in forward.layers.items():
-                parameters.update(record.parameters)
-                hidden = record.take_hidden(index)
-                penalties.append(self._penalty.differentiable(index, hidden, record.mask, record.others))
-        gradients = torch.autograd.grad(
-            penalties,
-            list(parameters.values()),
-            grad_outputs=[torch.ones_like(penalty) for penalty in penalties],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self._add_references(list(parameters), gradients)
-
-    def _add_references(self, names: list[str], gradients: Sequence[Tensor | None]) -> None:
-        assert self._projector is not None
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                self._projector.add_reference(name, gradient)
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
         if self._phase.is_reference:
@@ -490,11 +431,13 @@ class GradientShield:
             self._average.add(self._groups.parameters.values())
             self._average.finish()
         self._projector = self._reduction = self._average = None
-        entered = [forward for forward in self._passes if forward.entered]
+        entered = [forward for forward in self._recorder.passes if forward.entered]
         self._entered_passes += len(entered)
         penalties = [r.penalty for forward in entered for r in forward.layers.values() if r.penalty is not None]
-        self._forget(entered)
+        self._recorder.forget(entered)
         dot, task, reference, alpha = scalars.unbind(dim=1)
+        if self._refreshes and self._kept.references and not bool(torch.isfinite(reference).all()):
+            self._kept.clear()
         empty = torch.zeros(0)
         self.report = ProjectionReport(
             groups=groups,
@@ -512,10 +455,6 @@ class GradientShield:
             if self.report.dropped:
                 logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
 
-    def _forget(self, passes: Sequence[ForwardPass]) -> None:
-        self._passes = [forward for forward in self._passes if forward.layers and forward not in passes]
-        self._outputs = {node: source for node, source in self._outputs.items() if source[0] not in passes}
-
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def _current_groups(self) -> ParameterGroups:
@@ -523,6 +462,7 @@ class GradientShield:
         if self._groups is None or key != self._groups_key:
             self._check_devices()
             self._groups = ParameterGroups(self.model, self.layers)
+            self._kept.clear()
             self._groups_key = key
         return self._groups
 
@@ -543,3 +483,7 @@ class GradientShield:
             self._recompute.take_over(layer)
         else:
             refuse_reentrant(index, layer)
+
+
+def _no_reference(name: str) -> None:
+    return None

@@ -8,7 +8,7 @@ from transformers import SchedulerType, TrainingArguments
 from hf_aegis.gradients.combiners import COMBINERS
 from hf_aegis.gradients.data_parallel import PROJECTION_SCOPES
 from hf_aegis.gradients.projector import GRANULARITIES
-from hf_aegis.gradients.shield import DUAL_BACKWARDS
+from hf_aegis.gradients.reference_backward import DUAL_BACKWARDS
 
 
 PRESERVE = ("projection", "subspace", "both", "none")
@@ -18,7 +18,10 @@ PROJECTION_METRICS = ("euclidean", "adam")
 LAYER_PENALTIES = ("transport", "distillation")
 WEIGHT_PENALTIES = ("l2sp", "ewc")
 # Of the projection, with reference="transport" alone.
-_TRANSPORT_ALONE = ("projection_target", "projection_metric", "restoring")
+_TRANSPORT_ALONE = (
+    *("projection_target", "projection_metric", "restoring"),
+    *("reference_interval", "reference_share"),
+)
 PENALTIES = (*LAYER_PENALTIES, "replay", *WEIGHT_PENALTIES)
 
 
@@ -81,6 +84,13 @@ class AEGISConfig(TrainingArguments):
         restoring (`float`, *optional*, defaults to `0.0`):
             With the transport reference, adds the reference gradient to the projected one at this share of the task
             gradient's length, so that what is lost is sought again. Zero is AEGIS.
+        reference_interval (`int`, *optional*, defaults to `1`):
+            With the transport reference, computes the reference direction for every so many-th micro-batch only, and
+            projects off the same one in those between: an approximation that costs little more than training without
+            the projection, and a set of gradients that is kept. A resumed training begins with a new one.
+        reference_share (`float`, *optional*, defaults to `1.0`):
+            With the transport reference and `dual_backward="streaming"`, computes the reference direction from this
+            share of each micro-batch, rounded up to whole samples: an approximation that saves that much of its cost.
         subspace_energy (`float`, *optional*):
             Share of the energy of the anchored inputs in the subspaces that are held, from 0 to 1; all directions that
             the anchor has by default.
@@ -161,6 +171,12 @@ class AEGISConfig(TrainingArguments):
         metadata={"help": "What is projected with several processes.", "choices": PROJECTION_SCOPES},
     )
     restoring: float = field(default=0.0, metadata={"help": "Share of the reference gradient that is added."})
+    reference_interval: int = field(
+        default=1, metadata={"help": "Micro-batches that one computation of the reference direction serves."}
+    )
+    reference_share: float = field(
+        default=1.0, metadata={"help": "Share of each micro-batch that the reference direction is computed from."}
+    )
     subspace_energy: float | None = field(default=None, metadata={"help": "Share of the inputs' energy to hold."})
     subspace_energies: dict[str, float] | None = field(
         default=None, metadata={"help": "The same by patterns of the linear layers' names, as JSON."}
@@ -197,6 +213,10 @@ class AEGISConfig(TrainingArguments):
         for name in ("penalty_scale", "projection_eps", "vqa_steps", "fisher_samples", "subspace_steps"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive, found {value}")
+        if self.reference_interval < 1:
+            raise ValueError(f"reference_interval must be at least 1, found {self.reference_interval}")
+        if not 0 < self.reference_share <= 1:
+            raise ValueError(f"reference_share must lie in (0, 1], found {self.reference_share}")
         if self.expert_learning_rate is not None and not self.expert_learning_rate >= 0:
             raise ValueError(f"expert_learning_rate must not be negative, found {self.expert_learning_rate}")
         if self.replay_batch_size is not None and self.replay_batch_size < 1:
@@ -284,6 +304,13 @@ class AEGISConfig(TrainingArguments):
                     'penalties: "replay" cannot be combined with reference="replay", which would combine a replayed '
                     'batch\'s gradient with itself; use combiner="pcgrad" to follow both losses, or preserve="none" '
                     "to add them"
+                )
+        if self.reference_share != 1:
+            if self.dual_backward != "streaming":
+                raise ValueError(f'reference_share={self.reference_share} needs dual_backward="streaming"')
+            if self.per_device_train_batch_size == 1:
+                raise ValueError(
+                    f"reference_share={self.reference_share} has no effect with per_device_train_batch_size=1"
                 )
         if self.projection_target == "update":
             self._refuse_without_effect('projection_target="update"', "projection_metric")

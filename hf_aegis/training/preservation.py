@@ -180,6 +180,8 @@ class Preservation:
             dual_backward=args.dual_backward,  # type: ignore[arg-type]
             penalty_scale=args.penalty_scale,
             restoring=args.restoring,
+            reference_interval=args.reference_interval,
+            reference_share=args.reference_share,
             **options,
         )
 

@@ -29,11 +29,30 @@ def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
         "FSDP in the Trainer; shard the model with torch's fully_shard and train it in a loop of your own, with "
         "ShardedGradientShield or HeldSubspace": bool(args.fsdp),
     }
+    if args.reference_share != 1:
+        _refuse_what_splits_no_batch(model, args)
     # Held subspaces need nothing but the weights after each step.
     reasons = sharded | (_in_backward(model, args) if args.projects or args.penalties else {})
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"{what} is not supported with {reason}")
+
+
+def _refuse_what_splits_no_batch(model: nn.Module, args: AEGISConfig) -> None:
+    """
+    Raises:
+        ValueError: If the model's layers cannot run on the parts of a batch one after the other.
+    """
+    base = unwrap_model(model)
+    reasons = {
+        f"{type(base).__name__}, whose layers hand their keys and values to the action expert by a cache": isinstance(
+            base, PI0ForConditionalGeneration
+        ),
+        "routed experts, whose balance is that of a whole batch": hasattr(model, "get_auxiliary_loss"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"reference_share={args.reference_share} is not supported with {reason}")
 
 
 def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:

@@ -29,7 +29,9 @@ from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.gradients import GradientShield, HeldSubspace
 
 
-VARIANTS = ("naive", "two_pass", "streaming", "subspace", "pairs")
+VARIANTS = ("naive", "two_pass", "streaming", "streaming, share 0.25", "streaming, kept", "subspace", "pairs")
+# "kept" is a step between two computations of the reference direction.
+APPROXIMATE = {"streaming, share 0.25": {"reference_share": 0.25}, "streaming, kept": {"reference_interval": 10**6}}
 HELD = 0.9  # share of the inputs' energy or of the predictions' sensitivity
 
 
@@ -68,6 +70,8 @@ def make(name: str, model: Gemma2ForCausalLM, anchor: ActivationAnchor) -> Varia
     """One of the compared variants. Nothing is frozen, so that all train the same parameters."""
     if name in ("two_pass", "streaming"):
         return Variant(shield=GradientShield(model, anchor, dual_backward=name))
+    if name in APPROXIMATE:
+        return Variant(shield=GradientShield(model, anchor, **APPROXIMATE[name]))
     if name == "subspace":
         return Variant(held=HeldSubspace(model, anchor, energy=HELD, freeze=False))
     if name == "pairs":

@@ -120,6 +120,20 @@ def check_ddp(rank, alone):
                 compare(found, expected, reports, expected_reports, dtype)
 
 
+def check_approximate_references(rank, alone):
+    """Kept references are those of all processes; a share is of each process's rows."""
+    case, whole = make_two("gemma2", torch.float64, 0.5)
+    # So that the rows that the two processes begin with are those that one process begins with.
+    first = [{key: value[[0, 2, 1, 3]] for key, value in batch.items()} for batch in whole]
+    ddp = DistributedDataParallel(case.model)
+    for options in ({"reference_interval": 2}, {"reference_share": 0.5}):
+        shield = GradientShield(case.model, case.anchor, process_group=alone, **options)
+        expected, expected_reports = accumulate(case, case.model, [(b, b) for b in first], shield)
+        shield = GradientShield(ddp, case.anchor, **options)
+        found, reports = accumulate(case, ddp, [(share(b, rank), b) for b in whole], shield)
+        compare(found, expected, reports, expected_reports, torch.float64)
+
+
 def set_checkpointing(model, on):
     getattr(model, f"activation_checkpointing_{'enable' if on else 'disable'}")()
 
@@ -281,6 +295,7 @@ def main():
     reduction.BUCKET_SIZE = 500
     for check in (
         check_ddp,
+        check_approximate_references,
         check_fsdp,
         check_single_processes_projected,
         check_replay,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
+from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.gradients import GradientShield
 from hf_aegis.training import AEGISTrainer, last_complete_checkpoint
 from hf_aegis.training.callbacks import NonFiniteGuard
@@ -411,6 +412,34 @@ def test_engines_that_would_not_be_right_are_refused(
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"not supported with {message}"):
         AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset)
+
+
+def test_approximate_references_reach_the_shield(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+    args = make_args(max_steps=4, reference_interval=2, reference_share=0.5)
+    trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset)
+    layer = find_decoder_layers(model)[1]
+    rows, gradients, counts = [], [], []
+    layer.mlp.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    layer.mlp.down_proj.weight.register_hook(lambda _: gradients.append(1))
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            counts.append(len(gradients))
+            gradients.clear()
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert rows == [2, 2] * 4
+    # The reference's gradient and the task's, or the task's alone.
+    assert counts == [2, 1, 2, 1]
+
+
+def test_routed_experts_are_not_run_on_parts_of_a_batch(make_language_model, make_anchor, make_args, token_dataset):
+    model = make_language_model()
+    model.get_auxiliary_loss = lambda: torch.zeros(())
+    with pytest.raises(ValueError, match=r"reference_share=0\.5 is not supported with routed experts"):
+        AEGISTrainer(model, make_args(reference_share=0.5), make_anchor(model), train_dataset=token_dataset)
 
 
 def test_half_precision_with_the_projection(make_language_model, make_anchor, make_args, token_dataset):

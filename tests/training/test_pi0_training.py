@@ -102,6 +102,11 @@ def make_pi0():
     return make
 
 
+def test_pi0s_layers_cannot_run_on_parts_of_a_batch(make_pi0_trainer):
+    with pytest.raises(ValueError, match=r"reference_share=0\.5 is not supported with PI0ForConditionalGeneration"):
+        make_pi0_trainer(reference_share=0.5)
+
+
 @pytest.fixture
 def make_pi0_trainer(make_pi0, make_args):
     # The layers are found inside π0 itself, so its own batches collect the anchor.

@@ -413,6 +413,12 @@ def test_the_figures_are_logged(train, tmp_path):
     [
         ({"projection_target": "weights"}, "projection_target must be one of"),
         ({"projection_metric": "sgd"}, "projection_metric must be one of"),
+        ({"reference_interval": 0}, "reference_interval must be at least 1, found 0"),
+        ({"reference_share": 0.0}, "reference_share must lie in (0, 1], found 0.0"),
+        ({"reference_share": 0.5, "dual_backward": "two_pass"}, "reference_share=0.5 needs dual_backward"),
+        ({"reference_share": 0.5, "per_device_train_batch_size": 1}, "has no effect with per_device_train_batch_size"),
+        ({"preserve": "none", "reference_interval": 2}, "reference_interval=2 has no effect with"),
+        ({**REPLAYED, "reference_share": 0.5}, "reference_share=0.5 has no effect with reference"),
         ({"restoring": -1.0}, "restoring must be finite and not negative"),
         ({"preserve": "none", "restoring": 1.0}, "restoring=1.0 has no effect with"),
         ({**REPLAYED, "projection_target": "update"}, "projection_target='update' has no effect with reference"),
