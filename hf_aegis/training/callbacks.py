@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -138,18 +139,26 @@ class VQACallback(TrainerCallback):
         steps (`int`): Steps between evaluations.
         accuracy (`bool`): Whether answers are generated too.
         log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
+        evaluating (`Callable`, *optional*): Gives a context for each evaluation.
     """
 
     def __init__(
-        self, holdout: "VQAHoldout", steps: int, accuracy: bool, log: Callable[[dict[str, float]], None]
+        self,
+        holdout: "VQAHoldout",
+        steps: int,
+        accuracy: bool,
+        log: Callable[[dict[str, float]], None],
+        evaluating: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.holdout = holdout
         self.steps = steps
         self.accuracy = accuracy
         self.log = log
+        self.evaluating = evaluating
 
     def _evaluate(self, model: torch.nn.Module) -> None:
-        result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
+        with self.evaluating():
+            result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
         figures = {"vqa_cross_entropy": result.cross_entropy, "vqa_accuracy": result.accuracy}
         self.log({name: value for name, value in figures.items() if value is not None})
 

@@ -132,8 +132,7 @@ class Preservation:
         weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
         return {**self.means.read(total), **weights}
 
-    @staticmethod
-    def _hold(model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
+    def _hold(self, model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
         assert anchor is not None
         energy: Any = args.subspace_energy
         if args.subspace_energies:

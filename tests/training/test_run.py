@@ -132,7 +132,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, 
         return make_run(), make_args(output_dir=str(tmp_path / folder), preserve=preserve, **saving, **watching)
 
     def figures(result):
-        return {k: v for k, v in result.items() if k not in ("step_ms", "peak_memory_mb")}
+        return {k: v for k, v in result.items() if k not in ("step_ms", "peak_memory_mb", "phase_memory_mb")}
 
     def records(folder):
         timed = ("train_runtime", "eval_runtime")
