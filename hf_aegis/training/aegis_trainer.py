@@ -38,6 +38,7 @@ from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
 from hf_aegis.training.hub_trainer import HubTrainer
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
+from hf_aegis.training.out_of_memory import advising
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resources import PhaseMemory, PhaseMemoryCallback
@@ -70,9 +71,10 @@ class AEGISTrainer(HubTrainer):
     a method `get_auxiliary_loss()`; it is logged as `auxiliary_loss`, and the routing itself in `experts.jsonl`.
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
-    with each backward pass's figures group by group. When training ends, the peak memory of each phase is logged; it is
-    in `trainer.memory`, too. Each checkpoint is preceded by a log, whatever `logging_steps`
-    is, so that a run resumed from it logs what an uninterrupted one does.
+    with each backward pass's figures group by group. When training ends, the peak memory of each phase is logged;
+    `trainer.memory` has it, too. Each checkpoint is preceded by a log, whatever `logging_steps` is, so that a run
+    resumed from it logs what an uninterrupted one does. Out of memory, it raises [`TrainingOutOfMemoryError`], which
+    says what options would lower the peak, and by how much.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -121,6 +123,8 @@ class AEGISTrainer(HubTrainer):
         **kwargs: Any,
     ) -> None:
         self.memory = PhaseMemory()
+        # The shapes of the micro-batch under way, for what is said if it does not fit.
+        self.last_inputs: dict[str, Tensor] | None = None
         refuse_unsupported(model, args)
         refuse_cut_gradient(model, args)
         if args.needs_anchor and anchor is None:
@@ -222,6 +226,7 @@ class AEGISTrainer(HubTrainer):
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
         number = step * self.args.gradient_accumulation_steps + self._micro_batch[1]
+        self.last_inputs = {n: v.to("meta") for n, v in inputs.items() if isinstance(v, Tensor)}
         self.memory.enter("forward")
         with self.preservation.micro_batch(number, 1 / accumulation, model):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -360,7 +365,8 @@ class AEGISTrainer(HubTrainer):
         self._micro_batch = (-1, 0)
         self._task_means.clear()
         self.preservation.means.clear()
-        return super()._inner_training_loop(*args, **kwargs)
+        with advising(self):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.

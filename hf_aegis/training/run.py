@@ -74,8 +74,8 @@ def run_training(
         with a reference gradient the means of its figures over training; with a certificate `certificate_layers` (the
         largest deviation of a layer), `certificate_logits` and `certificate_divergence` at the end of training;
         `step_ms`, `peak_memory_mb` of steps, `phase_memory_mb` by phase ([`~training.resources.PHASES`]; of this
-        process, so that what a resumed run did before is left out), `trainable_parameters`, `skipped_steps` and `unprotected_steps`; and what produced
-        them.
+        process, so that what a resumed run did before is left out), `trainable_parameters`, `skipped_steps` and
+        `unprotected_steps`; and what produced them.
 
     Raises:
         ValueError: If another process runs in the folder, the folder holds a run with another recipe, or an argument

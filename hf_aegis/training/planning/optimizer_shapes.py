@@ -14,7 +14,12 @@ _TORCH = (
     *(OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD, OptimizerNames.ADAGRAD),
     *(OptimizerNames.RMSPROP, OptimizerNames.ADAFACTOR),
 )
-_EIGHT_BIT = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT, OptimizerNames.LION_8BIT, OptimizerNames.RMSPROP_8BIT)
+_EIGHT_BIT = (
+    OptimizerNames.ADAMW_BNB,
+    OptimizerNames.ADAMW_8BIT,
+    OptimizerNames.LION_8BIT,
+    OptimizerNames.RMSPROP_8BIT,
+)
 PLANNED_OPTIMIZERS = tuple(name.value for name in (*_TORCH, *_EIGHT_BIT))
 """Values of `optim` whose memory can be planned."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers import initialization as init
+from transformers.training_args import OptimizerNames
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.anchors.fingerprint import AnchorFingerprint
@@ -30,8 +31,8 @@ class Sizes:
     What a recipe does not say, for the data are not looked at.
 
     Args:
-        text_tokens (`int`, *optional*, defaults to 24): Tokens of a prompt or of a question with its answer, without the
-            image's; a batch is as long as its longest.
+        text_tokens (`int`, *optional*, defaults to 24): Tokens of a prompt, or of a question with its answer, without
+            the image's; a batch is as long as its longest.
         answer_tokens (`int`, *optional*, defaults to 4): Labelled tokens of a replayed question.
         fast_tokens (`int`, *optional*, defaults to 64): FAST tokens of a chunk, where the language model learns them.
         cameras (`int`, *optional*, defaults to 2): Pictures of a sample.
@@ -67,9 +68,18 @@ class RecipeWorkload:
         run.check()
         self.run, self.args, self.config, self.sizes = run, args, config, sizes or Sizes()
         self.goes_back = run.interpolates
-        self.selected = 0
+        self.selected, self.dtype = 0, None
         self._anchor = self._read_anchor()
         self._moments = self._stand_in()
+
+    def changed(self, args: dict[str, Any], cast: torch.dtype | None = None) -> "RecipeWorkload":
+        """The same with other fields of its arguments, or with its weights in another dtype."""
+        changed = copy.copy(self)
+        changed.args = copy.copy(self.args)
+        for name, value in args.items():
+            setattr(changed.args, name, value)
+        changed.dtype = cast
+        return changed
 
     def _read_anchor(self) -> ActivationAnchor | None:
         """The anchor itself, if it is in a folder here: what it holds decides what is held."""
@@ -85,10 +95,38 @@ class RecipeWorkload:
         fingerprint = AnchorFingerprint(*shape, "", "batch", 1, 1, 1, **policy)
         return ActivationAnchor(torch.zeros(shape), torch.ones(shape), fingerprint)
 
-    @property
-    def assumes_directions(self) -> bool:
-        """Whether it is not known how many directions are held, and as many as may be are assumed."""
-        return self.args.holds_subspaces and self._anchor is None
+    def describe(self, device: str) -> str:
+        """Model, batch, dtype and optimiser in a line."""
+        args, sizes = self.args, self.sizes
+        accumulated = args.gradient_accumulation_steps
+        tokens = sizes.cameras * self._image_tokens + sizes.text_tokens
+        parts = [
+            self.run.model or "the embedded model",
+            f"batch {args.per_device_train_batch_size}" + (f" × {accumulated}" if accumulated > 1 else ""),
+            f"{tokens} tokens",
+            f"{self.run.dtype} weights" + (", computed in bfloat16" if args.bf16 else ""),
+            str(OptimizerNames(args.optim).value),
+            *(["checkpointed"] if args.activation_checkpointing else []),
+        ]
+        return f"{', '.join(parts)}; on {device}, one device"
+
+    def assumptions(self) -> list[str]:
+        """What the plan assumes that the recipe does not say."""
+        sizes = self.sizes
+        found = [f"{sizes.cameras} cameras and {sizes.text_tokens} tokens of text are assumed for a sample"]
+        if self.run.fast is not None:
+            found.append(f"{sizes.fast_tokens} FAST tokens are assumed for a chunk")
+        if self.args.holds_subspaces and self._anchor is None:
+            bounds = sizes.subspaces
+            found.append(
+                f"there is no anchor at {self.run.anchor!r} to look at: as an upper bound, {bounds.max_rank} input and "
+                f"{bounds.max_output_rank} output directions of each linear are assumed to be held"
+            )
+        if self.run.vqa_samples and self.args.vqa_accuracy:
+            found.append("the key-value cache of generated answers is not counted")
+        if (self.args.activation_checkpointing_kwargs or {}).get("offload"):
+            found.append("activations that are offloaded to the host are counted as if they were not")
+        return found
 
     def model(self) -> nn.Module:
         run, config = self.run, copy.deepcopy(self.config)
@@ -161,10 +199,14 @@ class RecipeWorkload:
         given = self.run.expert or {}
         return {n: given.get(n, getattr(PaliGemmaFlowConfig, n)) for n in ("action_dim", "state_dim", "use_state")}
 
+    @property
+    def _image_tokens(self) -> int:
+        vision: Any = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
     def _prompts(self, size: int, pictures: int, text_tokens: int) -> dict[str, Tensor]:
         vision: Any = self.config.vision_config
-        image_tokens = (vision.image_size // vision.patch_size) ** 2
-        ids = torch.empty(size, pictures * image_tokens + text_tokens, dtype=torch.long)
+        ids = torch.empty(size, pictures * self._image_tokens + text_tokens, dtype=torch.long)
         pixels = torch.empty(size, pictures, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
         return {
             "input_ids": ids,

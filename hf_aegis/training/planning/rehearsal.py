@@ -119,7 +119,7 @@ class _Stage:
 
     def play(self, whole: nn.Module, evaluates: bool) -> Rehearsal:
         with self.log.phase("load"):
-            model = without_values(whole)
+            model = without_values(whole, self.workload.dtype)
             self._prepare(model)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

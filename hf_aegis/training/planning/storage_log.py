@@ -36,9 +36,9 @@ class StorageLog(TorchDispatchMode):
     A context that notes every storage of a tensor made in it, from its first operation until it is freed.
 
     Tensors may be real or fake; their sizes are all that is read. What an operation takes for itself while it runs
-    (workspaces of matrix products, buffers of a reduction) is not seen. Kinds are given afterwards, by [`tag`], so that
-    one moment's memory can be told apart by what became of it later: an activation that is kept for the backward pass,
-    or one that is gone before.
+    (workspaces of matrix products, buffers of a reduction) is not seen. Kinds are given afterwards, by [`tag`], so
+    that one moment's memory can be told apart by what became of it later: an activation that is kept for the backward
+    pass, or one that is gone before.
 
     Args:
         granule (`int`, *optional*, defaults to 1): Sizes are rounded up to its multiples, as an allocator does.
@@ -112,5 +112,3 @@ class StorageLog(TorchDispatchMode):
     def _free(self, key: int, number: int, size: int) -> None:
         del self._numbers[key], self._references[key]
         self._events.append((self._phase, number, -size))
-
-

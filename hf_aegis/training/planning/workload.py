@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hf_aegis.anchors import ActivationAnchor
@@ -19,12 +20,14 @@ class Workload(Protocol):
     Attributes:
         args ([`AEGISConfig`]): Of the training.
         selected (`int`): How many labelled tokens a training batch has.
+        dtype (`torch.dtype`, *optional*): What the model's parameters are cast to, if not to stay as they are.
         goes_back (`bool`): Whether a copy of the pre-trained weights is kept, to go back to.
     """
 
     args: AEGISConfig
     selected: int
     goes_back: bool
+    dtype: torch.dtype | None
 
     def model(self) -> nn.Module:
         """What is trained; it may be on the meta device."""
