@@ -66,6 +66,9 @@ def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, pr
     )
     assert result["step_ms"] > 0
     assert result["peak_memory_mb"] > 0
+    assert set(result["phase_memory_mb"]) == {"load", "forward", "backward", "optimizer", "evaluation"}
+    steps = max(result["phase_memory_mb"][name] for name in ("forward", "backward", "optimizer"))
+    assert result["peak_memory_mb"] == pytest.approx(steps, rel=0.01)
     assert result["skipped_steps"] == 0
     anchor = result["fingerprints"].pop("anchor")
     assert (anchor is None) if preserve == "none" else (anchor == flow_anchor.fingerprint.to_dict())

@@ -119,7 +119,7 @@ class RecipeWorkload:
         if self.args.holds_subspaces and self._anchor is None:
             bounds = sizes.subspaces
             found.append(
-                f"there is no anchor at {self.run.anchor!r} to look at: as an upper bound, {bounds.max_rank} input and "
+                f"no anchor at {self.run.anchor!r} to look at: as an upper bound, {bounds.max_rank} input and "
                 f"{bounds.max_output_rank} output directions of each linear are assumed to be held"
             )
         if self.run.vqa_samples and self.args.vqa_accuracy:
