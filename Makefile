@@ -65,7 +65,7 @@ format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time and memory of training steps that keep knowledge, as ratios to naive ones
+bench: setup  ## time and memory of training steps, on this machine's page in tests/benchmarks/results (resumable)
 	$(BIN)/python tests/benchmarks/training_step.py
 	$(BIN)/python tests/benchmarks/gse_step.py
 

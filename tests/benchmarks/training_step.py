@@ -9,8 +9,8 @@ memory over model and optimiser at rest; on a GPU it is that of allocated memory
 
 What is measured is kept unit by unit, so that an interrupted run goes on where it was; `--only time` and `--only
 memory` split it. The tables of a machine are a page in `tests/benchmarks/results/`. Sizes: `default`, a decoder whose
-layers outweigh the rest; `small`, to see that all works; `paligemma2-3b`, the policy's real shapes with random weights,
-on a GPU alone.
+layers outweigh the rest; `small`, to see that all works; `paligemma2-3b`, the policy's real shapes with random
+weights, on a GPU alone.
 """
 
 import argparse

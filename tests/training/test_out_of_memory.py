@@ -54,5 +54,5 @@ def test_the_hosts_allocator_counts_too(make_language_model, make_anchor, token_
 def test_other_errors_stay_what_they_are(make_language_model, make_anchor, token_dataset, make_args):
     trainer = make_trainer(make_language_model, make_anchor, token_dataset, make_args)
     trainer.optimizer.step = failing("something else", RuntimeError)
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         trainer.train()

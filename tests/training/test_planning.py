@@ -1,4 +1,4 @@
-"""A training step gone through with shapes alone, against trainings that were measured, and against published sizes."""
+"""A step gone through with shapes alone, against trainings that were measured, and against published sizes."""
 
 import contextlib
 import json
