@@ -68,7 +68,7 @@ class RecipeWorkload:
         run.check()
         self.run, self.args, self.config, self.sizes = run, args, config, sizes or Sizes()
         self.goes_back = run.interpolates
-        self.selected, self.dtype = 0, None
+        self.dtype: torch.dtype | None = None
         self._anchor = self._read_anchor()
         self._moments = self._stand_in()
 
@@ -94,6 +94,11 @@ class RecipeWorkload:
         shape = (text.num_hidden_layers, text.hidden_size)
         fingerprint = AnchorFingerprint(*shape, "", "batch", 1, 1, 1, **policy)
         return ActivationAnchor(torch.zeros(shape), torch.ones(shape), fingerprint)
+
+    @property
+    def selected(self) -> int:
+        """How many labelled tokens a training batch has."""
+        return self.args.per_device_train_batch_size * self.sizes.fast_tokens if self.run.fast is not None else 0
 
     def describe(self, device: str) -> str:
         """Model, batch, dtype and optimiser in a line."""
@@ -175,7 +180,6 @@ class RecipeWorkload:
             batch["state"] = torch.empty(size, flow["state_dim"])
         if fast:
             batch["labels"] = torch.empty_like(batch["input_ids"])
-            self.selected = size * fast
         return batch
 
     def replayed(self, size: int) -> dict[str, Tensor]:

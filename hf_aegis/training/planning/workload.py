@@ -19,15 +19,18 @@ class Workload(Protocol):
 
     Attributes:
         args ([`AEGISConfig`]): Of the training.
-        selected (`int`): How many labelled tokens a training batch has.
         dtype (`torch.dtype`, *optional*): What the model's parameters are cast to, if not to stay as they are.
         goes_back (`bool`): Whether a copy of the pre-trained weights is kept, to go back to.
     """
 
     args: AEGISConfig
-    selected: int
     goes_back: bool
     dtype: torch.dtype | None
+
+    @property
+    def selected(self) -> int:
+        """How many labelled tokens a training batch has."""
+        ...
 
     def model(self) -> nn.Module:
         """What is trained; it may be on the meta device."""
