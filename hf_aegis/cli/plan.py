@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.cli.recipe import EXTENDS
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _recipes(arguments: argparse.Namespace) -> tuple[bool, dict[str, dict[str, A
     """Whether the recipe is a comparison's, and fields of `hf-aegis train` by name."""
     from hf_aegis.cli.compare import CompareArguments
     from hf_aegis.cli.conditions import resolve_conditions, train_hints
-    from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe
+    from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe, require_keys
 
     try:
         override = json.loads(arguments.override)
@@ -79,21 +80,33 @@ def _recipes(arguments: argparse.Namespace) -> tuple[bool, dict[str, dict[str, A
         raise ValueError(f"--override: {arguments.override!r} is not JSON: {error}") from error
     hints = option_types([CompareArguments])
     source: Path = arguments.config
-    try:
-        whole = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not valid YAML: {error}") from error
-    if not isinstance(whole, dict) or "conditions" not in whole:
+    if not _compares(source):
         if arguments.only is not None:
             raise ValueError(f"--only is for comparisons: {source} has no conditions")
         recipe = merged(read_recipe(source, train_hints()), check_values(override, train_hints(), "--override"))
         return False, {source.stem: recipe}
-    found = CompareArguments(**read_recipe(source, hints))
+    values = read_recipe(source, hints)
+    require_keys(CompareArguments, values, str(source))
+    found = CompareArguments(**values)
     override = merged(found.override or {}, override)
     conditions = resolve_conditions(found.conditions, found.shared or {}, override, found.anchors or {}, source)
     if unknown := sorted(set(arguments.only or ()) - conditions.keys()):
         raise ValueError(f"--only: unknown conditions {unknown}, expected some of {list(conditions)}")
     return True, {n: c for n, c in conditions.items() if arguments.only is None or n in arguments.only}
+
+
+def _compares(path: Path, seen: frozenset[Path] = frozenset()) -> bool:
+    """Whether a recipe, or one that it extends, has conditions. Reading it says what is wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        return False
+    below = values.get(EXTENDS)
+    if "conditions" in values or not isinstance(below, str) or path.resolve() in seen:
+        return "conditions" in values
+    return _compares(path.parent / below, seen | {path.resolve()})
 
 
 def _workload(recipe: dict[str, Any], arguments: argparse.Namespace) -> "RecipeWorkload":
