@@ -32,7 +32,7 @@ def arguments(name: str, output_dir: str, samples: int = SAMPLES) -> tuple[RunAr
     )
     args = AEGISConfig(
         output_dir=output_dir,
-        max_steps=3,
+        max_steps=2,
         per_device_train_batch_size=samples,
         save_strategy="no",
         report_to=[],

@@ -1,6 +1,7 @@
 """
 Measures what trainings take, in a process of its own: the rise of its resident memory, from before model and trainer
-are made, to the highest point of three steps. Prints a JSON object with the bytes of each condition.
+are made, to the highest point of two steps, the second of which finds the optimiser's state. Prints a JSON object with
+the bytes of each condition.
 
 The allocator returns what it frees (`MALLOC_MMAP_THRESHOLD_`, set by the caller), and a first training of the same
 model, on one sample, has brought in the libraries' code before.
@@ -46,7 +47,7 @@ def random_batch(workload: RecipeWorkload, size: int) -> dict[str, torch.Tensor]
 
 
 def train(name: str, anchor_folder: Path, samples: int) -> float:
-    """Trains for three steps; returns the highest resident memory in bytes."""
+    """Trains for two steps; returns the highest resident memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         run, args = arguments(name, folder, samples)
         workload = RecipeWorkload(run, args, vlm_config(None), SIZES)
