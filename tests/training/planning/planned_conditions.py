@@ -19,7 +19,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "two-pass, checkpointed": {"dual_backward": "two_pass"} | CHECKPOINTED,
     "pairs": {"preserve": "subspace", "subspace_sensitivity": 0.9},
     "lora": {"preserve": "none"},
-    "8-bit, bf16 autocast": {"preserve": "none", "optim": "adamw_bnb_8bit", "bf16": True},
+    "8-bit": {"preserve": "none", "optim": "adamw_bnb_8bit"},
 }
 
 
