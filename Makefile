@@ -65,7 +65,7 @@ format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time and memory of training steps, sampling, anchors and data loading, as ratios
+bench: setup  ## time and memory of steps (resumable, a page in tests/benchmarks/results), sampling, anchors, data loading
 	$(BIN)/python tests/benchmarks/training_step.py
 	$(BIN)/python tests/benchmarks/gse_step.py
 	$(BIN)/python tests/benchmarks/sampling.py

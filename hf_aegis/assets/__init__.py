@@ -1,6 +1,6 @@
 """
-What ships inside the package: the embedded vision-language model, a small set of demonstrations, and the policies that
-`hf-aegis demo` trained from both.
+What ships inside the package: the embedded vision-language model, a small set of demonstrations, the policies that
+`hf-aegis demo` trained from both, and one that was trained to act.
 """
 
 from pathlib import Path
@@ -16,3 +16,6 @@ DEMONSTRATIONS = _FOLDER / "libero_demonstrations.hdf5"
 
 DEMO_CHECKPOINTS = {name: _FOLDER / "demo" / name for name in ("naive", "aegis", "pairs_90")}
 """Condition of `hf-aegis demo` -> folder of its policy, in bfloat16; written by `recipes/demo_checkpoints.py`."""
+
+ACTING_POLICY = _FOLDER / "acting"
+"""Folder of a policy that acts in the LIBERO simulator, in bfloat16; written by `recipes/acting_checkpoint.py`."""

@@ -24,6 +24,7 @@ COMMANDS = {
     ),
     "report": ("hf_aegis.cli.report", "draw the figures of a comparison and put them on a page"),
     "train": ("hf_aegis.cli.train", "fine-tune a vision-language model into a policy from a recipe"),
+    "plan": ("hf_aegis.cli.plan", "estimate the peak memory and the operations of a training, from shapes alone"),
     "anchor": ("hf_aegis.cli.anchor", "collect the activation anchor of a pre-trained model"),
     "eval-vqa": ("hf_aegis.cli.eval_vqa", "measure how well a model answers questions about images"),
     "serve": ("hf_aegis.cli.serve", "let clients of openpi's policy servers ask a trained policy for actions"),

@@ -41,7 +41,7 @@ def resolve_conditions(
         OSError: If a recipe cannot be read.
         ValueError: If a field is unknown or a value wrong; file, condition and key are named.
     """
-    hints = {name: hint for name, hint in _train_hints().items() if name not in _RESERVED}
+    hints = {name: hint for name, hint in train_hints().items() if name not in _RESERVED}
     where = str(source or "hf-aegis compare")
     check_values(shared, hints, f"{where}, shared")
     check_values(override, hints, f"{where}, override")
@@ -51,7 +51,7 @@ def resolve_conditions(
         if isinstance(own, str):
             path = (source.parent if source else Path()) / own
             # A recipe of a single run says where that one goes.
-            own = {key: value for key, value in read_recipe(path, _train_hints()).items() if key not in _RESERVED}
+            own = {key: value for key, value in read_recipe(path, train_hints()).items() if key not in _RESERVED}
             place = f"{place}, {path}"
         recipe = merged(shared, check_values(own, hints, place), override)
         first = next(iter(resolved.values()), recipe)
@@ -178,7 +178,8 @@ def _other_pictures(chosen: Mapping[str, Any], conditions: Mapping[str, Mapping[
     return warnings
 
 
-def _train_hints() -> dict[str, Any]:
+def train_hints() -> dict[str, Any]:
+    """The type annotations of the fields of `hf-aegis train`."""
     from hf_aegis.cli.train import recipe_classes
 
     return option_types(recipe_classes())

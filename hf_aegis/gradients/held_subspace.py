@@ -125,11 +125,10 @@ class HeldSubspace:
             raise ValueError(f"every must be at least 1, found {every}")
         groups = subspaces_of(subspaces)
         sites = sites_by_name(model, groups, layers)
-        energies = _energies(energy, list(sites))
         self.every = every
         self.softness = softness
         self.frozen: tuple[str, ...] = ()
-        self.ranks = {name: _rank(g, energies[name], max_rank) for g in groups for name in g.linears}
+        self.ranks = subspace_ranks(groups, energy, max_rank)
         self.pairs: dict[str, HeldPairs] = {}
         if sensitivity is not None:
             self.pairs = choose_pairs(subspaces, sites, groups, self.ranks, sensitivity)
@@ -236,6 +235,23 @@ class HeldSubspace:
                 "into the model first, or start a new one with B = 0"
             )
         return held
+
+
+def subspace_ranks(
+    subspaces: Iterable["InputSubspace"],
+    energy: float | Mapping[str, float] | None = None,
+    max_rank: int | None = None,
+) -> dict[str, int]:
+    """
+    How many directions [`HeldSubspace`] holds of each linear's inputs, or takes pairs from, by the linear's name.
+    Arguments are its own.
+
+    Raises:
+        ValueError: If a share of energy is out of range, or a pattern fits no linear.
+    """
+    groups = list(subspaces)
+    energies = _energies(energy, [name for group in groups for name in group.linears])
+    return {name: _rank(group, energies[name], max_rank) for group in groups for name in group.linears}
 
 
 def _adapters(site: LinearSite) -> dict[str, nn.Module]:

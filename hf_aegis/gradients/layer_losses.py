@@ -223,7 +223,8 @@ class DistillationLoss:
         outputs = self._recorder.take()
         assert self._call is not None, "layers of the base model ran, so it was called"
         (args, kwargs, ambient), self._call = self._call, None
-        self.teacher.to(outputs[0][0].device)
+        if next(self.teacher.parameters()).device != (device := outputs[0][0].device):
+            self.teacher.to(device)
         terms: dict[int, Tensor] = {}
 
         def compare(index: int, layer: nn.Module, _: tuple[Any, ...], output: Any) -> None:

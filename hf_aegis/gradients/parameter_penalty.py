@@ -153,6 +153,6 @@ def _checked(weights: Mapping[str, Tensor], name: str, parameter: Parameter) -> 
     weight = weights[name].detach()
     if weight.shape != parameter.shape:
         raise ValueError(f"weights of {name!r} have shape {tuple(weight.shape)}, expected {tuple(parameter.shape)}")
-    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise ValueError(f"weights of {name!r} must be finite and not negative")
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

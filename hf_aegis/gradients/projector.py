@@ -1,7 +1,9 @@
 """Bends the gradients of one backward pass, group by group, while autograd delivers them."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -17,9 +19,23 @@ UNPROTECTED = "unprotected"
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "global", "tensor")
 
 
+# Whether gradients on the CPU are bent as on other devices.
+_ON_DEVICE: ContextVar[bool] = ContextVar("on_device", default=False)
+
+
+@contextlib.contextmanager
+def bending_on_device() -> Iterator[None]:
+    """Gradients on the CPU are bent as on other devices: for what plans those with shapes alone."""
+    token = _ON_DEVICE.set(True)
+    try:
+        yield
+    finally:
+        _ON_DEVICE.reset(token)
+
+
 def bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     """`gradient -= alpha * reference` in place; `alpha` of exactly zero never touches the gradient."""
-    if alpha.device.type == "cpu":
+    if alpha.device.type == "cpu" and not _ON_DEVICE.get():
         if (value := float(alpha)) != 0.0:
             gradient.sub_(reference, alpha=value)
     else:

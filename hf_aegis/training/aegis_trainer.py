@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,15 @@ from hf_aegis.training.default_collators import action_collator, question_collat
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_load_callback import ExpertLoadCallback
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.frozen_modules import freeze_modules
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
 from hf_aegis.training.hub_trainer import HubTrainer
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
+from hf_aegis.training.out_of_memory import advising
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.resources import PhaseMemory, PhaseMemoryCallback
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import (
@@ -51,8 +55,6 @@ from hf_aegis.tuners.gse import GSEModel
 
 if TYPE_CHECKING:
     from hf_aegis.evaluation.vqa import VQAHoldout
-
-DEFAULT_FROZEN = "vision_tower"
 
 
 class AEGISTrainer(HubTrainer):
@@ -74,8 +76,10 @@ class AEGISTrainer(HubTrainer):
     a method `get_auxiliary_loss()`; it is logged as `auxiliary_loss`, and the routing itself in `experts.jsonl`.
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
-    with each backward pass's figures group by group. Each checkpoint is preceded by a log, whatever `logging_steps`
-    is, so that a run resumed from it logs what an uninterrupted one does.
+    with each backward pass's figures group by group. When training ends, the peak memory of each phase is logged;
+    `trainer.memory` has it, too. Each checkpoint is preceded by a log, whatever `logging_steps` is, so that a run
+    resumed from it logs what an uninterrupted one does. Out of memory, it raises [`TrainingOutOfMemoryError`], which
+    says what options would lower the peak, and by how much.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -128,6 +132,9 @@ class AEGISTrainer(HubTrainer):
         answering_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        self.memory = PhaseMemory()
+        # The shapes of the micro-batch under way, for what is said if it does not fit.
+        self.last_inputs: dict[str, Tensor] | None = None
         refuse_unsupported(model, args)
         refuse_cut_gradient(model, args)
         refuse_other_layers(model, answering_model, args.decoder_layers)
@@ -147,7 +154,7 @@ class AEGISTrainer(HubTrainer):
         if anchor is not None and (args.needs_anchor or certificate_batches is not None):
             anchor.check_compatible(model, layers=args.decoder_layers)
         # The first thing that changes the model, after all that may refuse it.
-        _freeze(model, args.frozen_modules)
+        freeze_modules(model, args.frozen_modules)
         super().__init__(
             model=model,
             args=args,
@@ -206,10 +213,13 @@ class AEGISTrainer(HubTrainer):
                 )
             self.ema = ExpertEMA(self._expert, args.expert_ema_decay)
             self.add_callback(ExpertEMACallback(self.ema))
+        self.add_callback(PhaseMemoryCallback(self.memory))
         self.add_callback(MetricsCallback(args.output_dir))
         self.add_callback(LogAtSaves())
         if vqa_holdout is not None:
-            self.add_callback(VQACallback(vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log, answering_model))
+            evaluating = partial(self.memory.during, "evaluation")
+            watched = (vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log)
+            self.add_callback(VQACallback(*watched, answering=answering_model, evaluating=evaluating))
 
     @property
     def non_finite_guard(self) -> NonFiniteGuard:
@@ -233,8 +243,11 @@ class AEGISTrainer(HubTrainer):
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
         number = step * self.args.gradient_accumulation_steps + self._micro_batch[1]
+        self.last_inputs = {n: v.to("meta") for n, v in inputs.items() if isinstance(v, Tensor)}
+        self.memory.enter("forward")
         with self.preservation.micro_batch(number, 1 / accumulation, model):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.memory.enter("optimizer")
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
             # The transport reference has a term for each layer that the task's gradient came through.
@@ -268,6 +281,7 @@ class AEGISTrainer(HubTrainer):
             # A loss that is normalised over the whole accumulated batch is not divided by the micro-batches later.
             whole = self._is_whole_loss(num_items_in_batch)
             loss = loss + (added / self.current_gradient_accumulation_steps if whole else added)
+        self.memory.enter("backward")
         return (loss, outputs) if return_outputs else loss
 
     def _auxiliary_loss(self) -> Tensor | None:
@@ -372,7 +386,8 @@ class AEGISTrainer(HubTrainer):
         self._micro_batch = (-1, 0)
         self._task_means.clear()
         self.preservation.means.clear()
-        return super()._inner_training_loop(*args, **kwargs)
+        with advising(self):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
@@ -395,7 +410,7 @@ class AEGISTrainer(HubTrainer):
     def _evaluating(self) -> Any:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         averaged = self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext()
-        with torch.random.fork_rng(devices), averaged:
+        with torch.random.fork_rng(devices), self.memory.during("evaluation"), averaged:
             torch.manual_seed(self.args.seed)
             yield
 
@@ -409,6 +424,8 @@ class AEGISTrainer(HubTrainer):
                     logs = {**logs, "unprotected_steps": float(self._projection.unprotected_steps)}
             if self.non_finite_guard.skipped_steps:
                 logs = {**logs, "skipped_steps": float(self.non_finite_guard.skipped_steps)}
+        if "train_runtime" in logs:
+            logs = {**logs, **self.memory.figures()}
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -446,17 +463,6 @@ class AEGISTrainer(HubTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None and os.path.isdir(checkpoint):
             self.ema.load(checkpoint)
-
-
-def _freeze(model: nn.Module, names: list[str] | None) -> None:
-    modules = []
-    for name in [DEFAULT_FROZEN] if names is None else names:
-        found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
-        if not found and names is not None:
-            raise ValueError(f"frozen_modules: {type(model).__name__} has no module whose path ends with {name!r}")
-        modules += found
-    for module in modules:
-        module.requires_grad_(False)
 
 
 def _because(args: AEGISConfig, name: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -139,6 +140,7 @@ class VQACallback(TrainerCallback):
         accuracy (`bool`): Whether answers are generated too.
         log (`Callable`): Takes the figures: `vqa_cross_entropy`, `vqa_accuracy`.
         answering (`torch.nn.Module`, *optional*): What is asked, where that is not the trained model itself.
+        evaluating (`Callable`, *optional*): Gives a context for each evaluation.
     """
 
     def __init__(
@@ -148,16 +150,19 @@ class VQACallback(TrainerCallback):
         accuracy: bool,
         log: Callable[[dict[str, float]], None],
         answering: torch.nn.Module | None = None,
+        evaluating: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.holdout = holdout
         self.steps = steps
         self.accuracy = accuracy
         self.log = log
         self.answering = answering
+        self.evaluating = evaluating
 
     def _evaluate(self, model: torch.nn.Module) -> None:
         model = model if self.answering is None else self.answering
-        result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
+        with self.evaluating():
+            result = self.holdout.evaluate(model) if self.accuracy else self.holdout.evaluate_cross_entropy(model)
         figures = {"vqa_cross_entropy": result.cross_entropy, "vqa_accuracy": result.accuracy}
         self.log({name: value for name, value in figures.items() if value is not None})
 

@@ -56,6 +56,7 @@ class Preservation:
         held ([`HeldSubspace`], *optional*): What restores the subspaces after each optimiser step.
         shield ([`GradientShield`] or [`ReplayShield`], *optional*): What combines task and reference gradients.
         weights (`dict[str, torch.nn.Parameter]`): What `kept` gave.
+        replay ([`ReplayBatches`], *optional*): What was given.
         means ([`RunningMeans`]): Of the added losses, unweighted, as `<name>_loss`.
     """
 
@@ -73,12 +74,12 @@ class Preservation:
         self._answering = model if answering is None else answering
         # Found in the model: their path in the other one is another.
         self._layers = args.decoder_layers if answering is None else find_decoder_layers(model, args.decoder_layers)
-        self.held = self._hold(args, anchor) if args.holds_subspaces else None
+        self.held = self._hold(self._answering, args, anchor) if args.holds_subspaces else None
         self.weights = weights = dict(kept())
         self.means = RunningMeans()
         self._number, self._share = 0, 1.0
         self._penalties = penalties
-        self._replay = replay
+        self.replay = replay
         self._replay_loss = replay_loss
         self._layer_losses: dict[str, TransportLoss | DistillationLoss] = {}
         if "transport" in penalties:
@@ -139,13 +140,13 @@ class Preservation:
         weights = {f"{name}_penalty": float(penalty.value()) for name, penalty in self._weight_penalties.items()}
         return {**self.means.read(total), **weights}
 
-    def _hold(self, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
+    def _hold(self, model: nn.Module, args: AEGISConfig, anchor: ActivationAnchor | None) -> HeldSubspace:
         assert anchor is not None
         energy: Any = args.subspace_energy
         if args.subspace_energies:
             energy = args.subspace_energies | {"*": 1.0 if energy is None else energy}
         return HeldSubspace(
-            self._answering,
+            model,
             anchor,
             energy=energy,
             sensitivity=args.subspace_sensitivity,
@@ -196,8 +197,8 @@ class Preservation:
             UpdateProjection(self.shield, optimizer)
 
     def _next_replay_loss(self) -> Tensor:
-        assert self._replay is not None
-        return self._replay_loss(self._replay[self._number])
+        assert self.replay is not None
+        return self._replay_loss(self.replay[self._number])
 
     def _next_replayed_penalty(self, transport: TransportLoss) -> Tensor:
         with transport.recording():
@@ -205,15 +206,15 @@ class Preservation:
         return transport.value()
 
     def _fisher(self, model: nn.Module, args: AEGISConfig, weights: Mapping[str, Parameter]) -> dict[str, Tensor]:
-        assert self._replay is not None
-        if args.fisher_samples > len(self._replay.dataset):
+        assert self.replay is not None
+        if args.fisher_samples > len(self.replay.dataset):
             raise ValueError(
-                f"fisher_samples={args.fisher_samples}, but replay_dataset has {len(self._replay.dataset)} samples"
+                f"fisher_samples={args.fisher_samples}, but replay_dataset has {len(self.replay.dataset)} samples"
             )
         rank, size = args.process_index, args.world_size
         if args.fisher_samples < size:
             raise ValueError(f"fisher_samples={args.fisher_samples} are fewer than the {size} processes")
-        singles = ReplayBatches(self._replay.dataset, self._replay.collator, 1, args.seed + _FISHER_STREAM)
+        singles = ReplayBatches(self.replay.dataset, self.replay.collator, 1, args.seed + _FISHER_STREAM)
         # Each process has its share of the samples, and all come to the same information.
         mine = range(rank, args.fisher_samples, size)
         batches = (singles[number] for number in mine)

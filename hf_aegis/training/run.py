@@ -26,7 +26,7 @@ from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.analysis import Analysis
 from hf_aegis.training.checkpoints import last_complete_checkpoint
 from hf_aegis.training.json_lines import finite_json
-from hf_aegis.training.resources import ResourceCallback
+from hf_aegis.training.resources import ResourceCallback, peak_memory_mb, reset_peak_memory
 from hf_aegis.training.run_arguments import RunArguments
 from hf_aegis.training.run_inputs import (
     fit_action_tokenizer,
@@ -73,7 +73,9 @@ def run_training(
         with interpolated weights `weight_share`, the share of the fine-tuned ones;
         with a reference gradient the means of its figures over training; with a certificate `certificate_layers` (the
         largest deviation of a layer), `certificate_logits` and `certificate_divergence` at the end of training;
-        `step_ms` and `step_processor_ms` (medians), `peak_memory_mb`, `trainable_parameters`, `skipped_steps` and
+        `step_ms` and `step_processor_ms` (medians), `peak_memory_mb` of steps, `phase_memory_mb` by phase
+        ([`~training.resources.PHASES`]; of this process, so that what a resumed run did before is left out),
+        `trainable_parameters`, `skipped_steps` and
         `unprotected_steps`; and what produced them.
 
     Raises:
@@ -111,6 +113,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         return finished
 
     set_seed(args.seed)
+    reset_peak_memory()
     source = run.model or str(EMBEDDED_VLM)
     train, held_out = load_demonstrations(run)
     model = PaliGemmaFlowForAction.from_vlm(
@@ -165,6 +168,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         processing_class=processor,
         callbacks=[ResourceCallback()],
     )
+    trainer.memory.note("load", peak_memory_mb())
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     pretrained = _pretrained(trainer) if run.interpolates else {}
     experts = ExpertSpectra(trained) if run.gse is not None else None
@@ -195,6 +199,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         "step_ms": resources.step_ms,
         "step_processor_ms": resources.step_processor_ms,
         "peak_memory_mb": resources.peak_mb,
+        "phase_memory_mb": trainer.memory.peaks_mb,
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),
         **(certified_deviations(folder) if certified else {}),

@@ -5,20 +5,18 @@ same experts written as a loop over experts, as in the authors' code.
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
 repetitions of the paired ratios. Beside wall-clock time stand ratios of processor time, which other work on the
 machine disturbs less; on a GPU, whose work is waited for before the clock is read, they mean nothing and are left out.
-Prints a Markdown table and, with `--output`, writes the same figures as JSON.
+Prints a Markdown table, which is put on the machine's page in `tests/benchmarks/results/`.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from decoder import random_decoder
+from machine_results import MachineResults
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -177,26 +175,31 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured with these settings")
     arguments = parser.parse_args()
-    rows = measure(arguments)
-    print(
+    settings = {name: value for name, value in vars(arguments).items() if name != "again"}
+    settings["threads"] = torch.get_num_threads()
+    results = MachineResults(arguments.device)
+    section = results.section("Routed experts", settings, arguments.again)
+    rows = results.unit(section, "time", lambda: measure(arguments))
+    lines = [
+        "",
         f"Gemma2 decoder, width {arguments.width}, {arguments.layers} layers, {arguments.batch} × {arguments.tokens} "
-        f"tokens, {arguments.dtype} on {arguments.device}, all linear layers, rank {arguments.rank}, "
-        f"{arguments.experts} experts, {torch.get_num_threads()} threads on {platform.machine()}; "
-        f"torch {torch.__version__}.\n"
-    )
-    print("| step | ms | × LoRA | × LoRA, processor | trained parameters |")
-    print("|---|---|---|---|---|")
+        f"tokens, {arguments.dtype}, all linear layers, rank {arguments.rank}, {arguments.experts} experts, "
+        f"{settings['threads']} threads, {'with' if arguments.checkpointing else 'without'} checkpointing.",
+        "",
+        "| step | ms | × LoRA | × LoRA, processor | trained parameters |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         processor = "–" if row["processor_ratio"] is None else f"{row['processor_ratio']:.2f}"
-        print(
+        lines.append(
             f"| {row['variant']} | {row['step_ms']:.0f} | {row['wall_ratio']:.2f} | {processor} | "
             f"{row['trainable_parameters']:,} |"
         )
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+    results.show(section, lines)
+    print("\n".join(lines))
+    print(f"\n{results.page}")
 
 
 if __name__ == "__main__":

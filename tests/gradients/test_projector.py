@@ -85,3 +85,15 @@ def test_zero_norms_have_a_cosine_of_zero():
     assert flat.cosine.tolist() == flat.energy_shed.tolist() == [0.0, 0.0]
     nothing = report(dot=[0.0] * 2, task_squared_norm=[0.0] * 2, reference_squared_norm=[0.0] * 2, alpha=[0.0] * 2)
     assert nothing.summary()["energy_shed"] == 0.0
+
+
+def test_bending_can_go_an_accelerators_way_on_the_cpu(monkeypatch):
+    gradient, reference, alpha = torch.tensor([2.0, 4.0]), torch.tensor([1.0, -3.0]), torch.tensor(0.5)
+    taken = []
+    monkeypatch.setattr(projector, "_bend_on_device", lambda *tensors: taken.append(tensors))
+    with projector.bending_on_device():
+        projector.bend(gradient, reference, alpha)
+    assert len(taken) == 1
+    projector.bend(gradient, reference, alpha)
+    assert len(taken) == 1
+    assert gradient.tolist() == [1.5, 5.5]

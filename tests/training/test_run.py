@@ -66,6 +66,9 @@ def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, pr
     )
     assert result["step_ms"] > 0
     assert result["peak_memory_mb"] > 0
+    assert set(result["phase_memory_mb"]) == {"load", "forward", "backward", "optimizer", "evaluation"}
+    steps = max(result["phase_memory_mb"][name] for name in ("forward", "backward", "optimizer"))
+    assert result["peak_memory_mb"] == pytest.approx(steps, rel=0.01)
     assert result["skipped_steps"] == 0
     anchor = result["fingerprints"].pop("anchor")
     assert (anchor is None) if preserve == "none" else (anchor == flow_anchor.fingerprint.to_dict())
@@ -132,7 +135,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, 
         return make_run(), make_args(output_dir=str(tmp_path / folder), preserve=preserve, **saving, **watching)
 
     def figures(result):
-        return {k: v for k, v in result.items() if k not in ("step_ms", "step_processor_ms", "peak_memory_mb")}
+        costs = ("step_ms", "step_processor_ms", "peak_memory_mb", "phase_memory_mb")
+        return {k: v for k, v in result.items() if k not in costs}
 
     def records(folder):
         timed = ("train_runtime", "eval_runtime")

@@ -1,0 +1,123 @@
+"""Plans as text: what a training takes, item by item, and where it fits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_aegis.training.planning.advice import Advice
+from hf_aegis.training.planning.rehearsal import Rehearsal
+
+
+GIB = 2**30
+CAPACITIES = (24, 48, 80)
+"""Memory of usual GPUs, in GiB."""
+ALLOWANCE = GIB
+"""
+What a GPU's context, the libraries' workspaces and fragmentation are given beside the tensors, in bytes. An
+assumption: it was not measured.
+"""
+
+
+@dataclass(frozen=True)
+class ConditionPlan:
+    """
+    The plan of one training.
+
+    Attributes:
+        name (`str`): The condition's, or the recipe's.
+        description (`str`): Model, batch, dtype, optimiser.
+        plan ([`Rehearsal`]): At the recipe's batch.
+        by_batch (`dict[int, int]`): Peak bytes by the batch of a device.
+        notes (`tuple[str, ...]`): What was assumed.
+        advice (`list[Advice]`, *optional*): Where it was asked for.
+    """
+
+    name: str
+    description: str
+    plan: Rehearsal
+    by_batch: Mapping[int, int]
+    notes: tuple[str, ...] = ()
+    advice: Sequence[Advice] | None = None
+
+    def fits(self, gib: float) -> bool:
+        """Whether it fits into so much memory."""
+        return self.plan.peak.bytes + ALLOWANCE <= gib * GIB
+
+    def to_dict(self, capacities: Sequence[float]) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            **self.plan.to_dict(),
+            "peak_bytes_by_batch": dict(self.by_batch),
+            "fits": {f"{gib:g}": self.fits(gib) for gib in capacities},
+            "largest_batch": {f"{gib:g}": largest_batch(self.by_batch, gib * GIB - ALLOWANCE) for gib in capacities},
+            "notes": list(self.notes),
+            **({} if self.advice is None else {"advice": [vars(advice) for advice in self.advice]}),
+        }
+
+
+def largest_batch(by_batch: Mapping[int, int], available: float) -> int:
+    """
+    The largest batch that fits, by straight lines through the planned ones.
+
+    Args:
+        by_batch (`Mapping[int, int]`): Peak bytes by batch, at least two. Between them a line lies above the peak,
+            which is the largest of several linear terms; beyond the largest it may lie below.
+        available (`float`): Bytes.
+
+    Returns:
+        `int`: 0 if not even one sample fits.
+    """
+    sizes = sorted(by_batch)
+    above = next((size for size in sizes[1:] if by_batch[size] > available), sizes[-1])
+    below = sizes[sizes.index(above) - 1]
+    slope = (by_batch[above] - by_batch[below]) / (above - below)
+    if slope <= 0:
+        return above if by_batch[above] <= available else 0
+    return max(0, int(below + (available - by_batch[below]) / slope))
+
+
+def itemised(plan: ConditionPlan, capacities: Sequence[float]) -> str:
+    """The plan of one training, over several lines."""
+    found = plan.plan
+    width = max(len(name) for name in (*found.peak.items, *found.phases))
+    lines = [
+        f"{plan.name}: {plan.description}",
+        f"{found.parameters:,} parameters, of which {found.trainable_parameters:,} train",
+        "",
+        f"peak {size(found.peak.bytes)}, in the phase {found.peak.phase!r}:",
+        *(f"  {name:<{width}}  {size(count):>10}" for name, count in found.peak.items.items()),
+        "",
+        "peak of each phase:",
+        *(f"  {name:<{width}}  {size(peak.bytes):>10}" for name, peak in found.phases.items()),
+        "",
+        f"operations of a step: {found.step_flops:.3g} "
+        f"({', '.join(f'{name} {count:.3g}' for name, count in found.flops.items())})",
+        "",
+        *(_verdict(plan, gib) for gib in capacities),
+    ]
+    if plan.advice is not None:
+        lines += ["", *advice_lines(plan.advice)]
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def advice_lines(advice: Sequence[Advice]) -> list[str]:
+    """What would lower the peak, a line each."""
+    if not advice:
+        return ["no option known here lowers the peak"]
+    return ["what lowers the peak, each by itself:"] + [
+        f"  {each.option}: {size(each.saved_bytes)} less, {size(each.peak_bytes)} (for {each.costs})"
+        for each in advice
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 2 else f"{count / 2**20:.1f} MiB"
+
+
+def _verdict(plan: ConditionPlan, gib: float) -> str:
+    most = largest_batch(plan.by_batch, gib * GIB - ALLOWANCE)
+    fits = "fits" if plan.fits(gib) else "does not fit"
+    return f"{gib:g} GiB: {fits}; largest batch per device about {most}" if most else f"{gib:g} GiB: does not fit"

@@ -1,0 +1,58 @@
+"""What a training says when it runs out of memory."""
+
+import pytest
+import torch
+
+from hf_aegis.training import AEGISTrainer
+from hf_aegis.training.out_of_memory import TrainingOutOfMemoryError
+
+
+def failing(message, error=torch.OutOfMemoryError):
+    def step(*args, **kwargs):
+        raise error(message)
+
+    return step
+
+
+def make_trainer(make_language_model, make_anchor, token_dataset, make_args, **options):
+    model = make_language_model()
+    trainer = AEGISTrainer(model, make_args(**options), anchor=make_anchor(model), train_dataset=token_dataset)
+    trainer.create_optimizer()
+    return trainer
+
+
+def test_the_error_says_what_would_help_and_by_how_much(make_language_model, make_anchor, token_dataset, make_args):
+    trainer = make_trainer(
+        make_language_model, make_anchor, token_dataset, make_args, dual_backward="two_pass", granularity="global"
+    )
+    weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer.step = failing("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(TrainingOutOfMemoryError) as caught:
+        trainer.train()
+
+    message = str(caught.value)
+    assert message.startswith("CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    assert "By the planner's estimate a step takes" in message
+    assert "activations" in message
+    assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 2: " in message
+    assert "MiB less" in message
+    assert isinstance(caught.value, torch.OutOfMemoryError)
+    assert type(caught.value.__cause__) is torch.OutOfMemoryError
+    # Planning touches neither arguments nor weights.
+    assert trainer.args.per_device_train_batch_size == 4
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_the_hosts_allocator_counts_too(make_language_model, make_anchor, token_dataset, make_args):
+    trainer = make_trainer(make_language_model, make_anchor, token_dataset, make_args, preserve="none")
+    trainer.optimizer.step = failing("DefaultCPUAllocator: can't allocate memory: you tried to", RuntimeError)
+    with pytest.raises(TrainingOutOfMemoryError, match="what lowers the peak, each by itself:"):
+        trainer.train()
+
+
+def test_other_errors_stay_what_they_are(make_language_model, make_anchor, token_dataset, make_args):
+    trainer = make_trainer(make_language_model, make_anchor, token_dataset, make_args)
+    trainer.optimizer.step = failing("something else", RuntimeError)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        trainer.train()

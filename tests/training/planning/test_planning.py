@@ -1,0 +1,185 @@
+"""A step gone through with shapes alone, against trainings that were measured, and against published sizes."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from planned_conditions import CONDITIONS, EXPERT, SIZES, arguments
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Gemma2Config, Gemma2ForCausalLM, PaliGemmaForConditionalGeneration, Trainer
+from transformers import initialization as init
+
+from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
+from hf_aegis.assets import EMBEDDED_VLM
+from hf_aegis.models import PaliGemmaFlowForAction
+from hf_aegis.training.planning.assumed_values import AssumedValues
+from hf_aegis.training.planning.flop_log import FlopLog
+from hf_aegis.training.planning.optimizer_shapes import make_optimizer
+from hf_aegis.training.planning.recipe_workload import RecipeWorkload
+from hf_aegis.training.planning.rehearsal import rehearse
+from hf_aegis.training.planning.report import largest_batch
+from hf_aegis.training.planning.shapes_of_model import without_values
+from hf_aegis.training.planning.storage_log import StorageLog
+from hf_aegis.training.planning.vlm_shapes import paligemma2_3b, vlm_config
+from hf_aegis.training.resources import PHASES, PhaseMemory, peak_memory_mb, reset_peak_memory
+
+
+@pytest.fixture(scope="module")
+def anchor_folder(tmp_path_factory) -> Path:
+    """An anchor of the embedded model on random inputs, with pairs of directions."""
+    model = PaliGemmaFlowForAction.from_vlm(str(EMBEDDED_VLM), dtype=torch.float32, **EXPERT)
+    run, args = arguments("naive", "unused")
+    workload = RecipeWorkload(run, args, vlm_config(None), SIZES)
+    batch = {name: torch.zeros_like(value) for name, value in workload.replayed(4).items() if name != "labels"}
+    batch["input_ids"][:, : -SIZES.text_tokens] = workload.config.image_token_id
+    batch["input_ids"][:, -SIZES.text_tokens :] = torch.randint(5, 500, (4, SIZES.text_tokens))
+    batch["attention_mask"][:] = 1
+    batch["pixel_values"].normal_()
+    folder = tmp_path_factory.mktemp("anchor")
+    options = SubspaceOptions(energy=1.0, sensitivity=True)
+    ActivationAnchor.collect(model, [batch], subspaces=options, progress=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(anchor_folder) -> dict[str, float]:
+    """What the conditions took, in bytes; see `planned_memory.py`."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("resident memory's peak can be measured on Linux alone")
+    script = Path(__file__).with_name("planned_memory.py")
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    call = [sys.executable, str(script), str(anchor_folder)]
+    done = subprocess.run(call, env=os.environ | limits, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_planned_peak_is_within_a_tenth_of_the_measured_one(name, measured, anchor_folder, tmp_path):
+    run, args = arguments(name, str(tmp_path))
+    run.anchor = str(anchor_folder)
+
+    planned = rehearse(RecipeWorkload(run, args, vlm_config(None), SIZES), "cpu", evaluates=False)
+
+    assert planned.peak.bytes == pytest.approx(measured[name], rel=0.1)
+    assert sum(planned.peak.items.values()) == planned.peak.bytes
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_storage_log_knows_what_was_held_and_what_it_was(fake):
+    with FakeTensorMode() if fake else contextlib.nullcontext(), StorageLog() as log:
+        weight = torch.zeros(1000, 1000, requires_grad=True)
+        log.tag([weight], "parameters")
+        with log.phase("forward"):
+            inputs = torch.zeros(100, 1000)
+            # The product is kept for no one, its activation for the backward pass; a view is no memory of its own.
+            loss = (inputs @ weight).relu().view(-1).sum()
+            log.tag_live("activations", "forward")
+        with log.phase("backward"):
+            loss.backward()
+            log.tag([weight.grad], "gradients")
+
+    forward, backward = log.peak("forward"), log.peak("backward")
+    assert forward.items == {"parameters": 4_000_000, "activations": 800_000, "temporary": 400_000}
+    assert forward.bytes == 5_200_000
+    # The gradient of the activation is expanded from a scalar, that of the product is a matrix.
+    assert backward.items["gradients"] == 4_000_000
+    assert log.peak() == backward
+    assert log.peak("evaluation") is None
+
+
+def test_storage_log_rounds_like_an_allocator():
+    with StorageLog(granule=512) as log:
+        kept = torch.zeros(129)
+        assert log.peak().bytes == 1024
+        assert kept.untyped_storage().nbytes() == 516
+
+
+def test_operations_are_those_of_pytorchs_counter(make_language_model):
+    model = make_language_model()
+    ids = torch.zeros(2, 10, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    with FlopLog() as log:
+        log.phase = "forward"
+        loss = model(input_ids=ids, labels=ids).loss
+        log.phase = "backward"
+        loss.backward()
+
+    assert sum(log.flops.values()) == counter.get_total_flops() > 0
+    # A product for the inputs and one for the weights, but for the embeddings, which are looked up.
+    assert log.flops["backward"] == pytest.approx(2 * log.flops["forward"], rel=0.02)
+
+
+def test_known_shapes_have_the_published_number_of_parameters():
+    with torch.device("meta"), init.no_init_weights():
+        model = PaliGemmaForConditionalGeneration(paligemma2_3b())
+    model.tie_weights()
+    # KerasHub's count for pali_gemma2_mix_3b_224, whose vocabulary has not the 64 rows that the conversion adds.
+    assert sum(p.numel() for p in model.parameters()) == 3_032_094_960 + 64 * 2304
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_bnb_8bit", "sgd", "adafactor"])
+def test_optimisers_state_is_that_of_the_trainer(optimizer, make_args):
+    config = Gemma2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config.head_dim, config.vocab_size = 32, 128
+    model = Gemma2ForCausalLM(config)
+    args = make_args(optim=optimizer, preserve="none")
+    with FakeTensorMode(), AssumedValues(0):
+        shapes = without_values(model)
+        planned = make_optimizer(shapes, args, "cpu")
+        for parameter in shapes.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        planned.step()
+    real = Trainer(model, args).create_optimizer()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    real.step()
+
+    def state(found):
+        tensors = [v for values in found.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+        return sorted((str(t.dtype), tuple(t.shape)) for t in tensors)
+
+    assert state(planned) == state(real)
+
+
+def test_an_optimiser_of_unknown_memory_is_refused(make_args, make_language_model):
+    with pytest.raises(ValueError, match="optim: the memory of 'galore_adamw' is not known, expected one of"):
+        make_optimizer(make_language_model(), make_args(optim="galore_adamw", optim_target_modules=["q_proj"]), "cpu")
+
+
+def test_largest_batch_by_hand():
+    # 10 and 2 a sample.
+    peaks = {1: 12, 8: 26}
+    assert largest_batch(peaks, 11) == 0
+    assert largest_batch(peaks, 12) == 1
+    assert largest_batch(peaks, 17.9) == 3
+    assert largest_batch(peaks, 50) == 20
+    # Where the optimiser's step is the peak, the batch makes no difference up to the planned one.
+    assert largest_batch({1: 30, 8: 30}, 30) == 8
+    assert largest_batch({1: 30, 8: 30}, 29) == 0
+
+
+def test_a_phase_does_not_hide_the_peak_of_what_it_is_a_part_of():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("resident memory's peak can be measured on Linux alone")
+    memory = PhaseMemory()
+    reset_peak_memory()
+    with memory.during("forward"):
+        block = torch.ones(64 * 2**20 // 4)
+        del block
+    with memory.during("backward"):
+        pass
+
+    assert memory.peaks_mb["forward"] > memory.peaks_mb["backward"] + 50
+    assert peak_memory_mb() == pytest.approx(memory.peaks_mb["forward"], abs=1)
+    assert list(memory.figures()) == ["peak_memory_mb_forward", "peak_memory_mb_backward"]
+    assert set(memory.peaks_mb) < set(PHASES)
