@@ -22,7 +22,6 @@ DistributedDataParallel's own reduction: N processes with batch b do what one do
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -54,7 +53,7 @@ from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, hidden_out
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.layer_entry import LayerEntry, Phase, in_backward
-from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
+from hf_aegis.gradients.projector import GradientProjector, Granularity, check_options, refuse_sparse
 from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
 from hf_aegis.gradients.reduction import GradientAverage, PairedReduction
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
@@ -66,8 +65,6 @@ if TYPE_CHECKING:
 
     from hf_aegis.anchors import ActivationAnchor
 
-
-logger = logging.getLogger(__name__)
 
 DualBackward = Literal["streaming", "two_pass"]
 DUAL_BACKWARDS: tuple[DualBackward, ...] = ("streaming", "two_pass")
@@ -173,12 +170,9 @@ class GradientShield:
     ) -> None:
         if dual_backward not in DUAL_BACKWARDS:
             raise ValueError(f"dual_backward must be one of {DUAL_BACKWARDS}, found {dual_backward!r}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
+        check_options(granularity, penalty_scale)
         if projection_scope not in PROJECTION_SCOPES:
             raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
-        if not penalty_scale > 0:
-            raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
         self.wrapper = model
         self.model = model = inside_ddp(model)
         self.layers = find_decoder_layers(model, layers)
@@ -494,23 +488,10 @@ class GradientShield:
         self._entered_passes += len(entered)
         penalties = [r.penalty for forward in entered for r in forward.layers.values() if r.penalty is not None]
         self._forget(entered)
-        dot, task, reference, alpha = scalars.unbind(dim=1)
-        empty = torch.zeros(0)
-        self.report = ProjectionReport(
-            groups=groups,
-            dot=dot,
-            task_squared_norm=task,
-            reference_squared_norm=reference,
-            alpha=alpha,
-            mean_term=torch.stack([p.mean_term for p in penalties]) if penalties else empty,
-            std_term=torch.stack([p.std_term for p in penalties]) if penalties else empty,
-            penalty_scale=self.penalty_scale,
-        )
+        self.report = ProjectionReport.of(groups, scalars, penalties, self.penalty_scale)
         if self.drop_non_finite:
             own = self._processes if self.projection_scope == "rank" else None
             self.report.dropped = projector.drop_non_finite(partial(total_over_processes, process_group=own))
-            if self.report.dropped:
-                logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
 
     def _forget(self, passes: Sequence[ForwardPass]) -> None:
         self._passes = [forward for forward in self._passes if forward.layers and forward not in passes]

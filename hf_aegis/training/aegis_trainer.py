@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.gradients import Certificate, GradientShield
+from hf_aegis.gradients import Certificate, GradientShield, ReplayShield, ShardedGradientShield
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
     ExpertEMACallback,
@@ -27,11 +28,11 @@ from hf_aegis.training.callbacks import (
     VQACallback,
 )
 from hf_aegis.training.certificate_callback import CertificateCallback
-from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
+from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights, refuse_other_kind
 from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_load_callback import ExpertLoadCallback
-from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.expert_parameters import expert_modules, expert_parameters, without_wrappers
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
 from hf_aegis.training.hub_trainer import HubTrainer
@@ -40,7 +41,7 @@ from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
-from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_unsupported
+from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_sharding, refuse_unsupported
 from hf_aegis.tuners.gse import GSEModel
 
 
@@ -144,24 +145,23 @@ class AEGISTrainer(HubTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        refuse_sharding(self.accelerator.state, args)
         assert args.output_dir is not None
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
         self.anchor = anchor
-        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED and not engine:
+        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED:
             # What is kept is what the main process begins with, as what is trained is.
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    torch.distributed.broadcast(parameter.data, 0)
+            _take_from_main_process(self.model.parameters(), args.device)
         self._expert = expert_parameters(self.model, args.expert_modules)
         replay = None
         if args.needs_replay:
             size = args.replay_batch_size or args.per_device_train_batch_size
             share = (args.process_index, args.world_size)
             replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed, *share)
-        self.preservation = Preservation(self.model, args, anchor, replay, self._replay_loss, self._trained)
-        self.shield = self.preservation.shield
+        self.preservation = Preservation(
+            self.model, args, anchor, replay, self._replay_loss, self._trained, self.is_fsdp_enabled
+        )
         if self.preservation.held is not None:
             self.add_callback(HeldSubspaceCallback(self.preservation.held, args.subspace_steps))
         if certificate_batches is not None:
@@ -170,7 +170,7 @@ class AEGISTrainer(HubTrainer):
         self._micro_batch = (-1, 0)
         self._task_means, self._evaluation_means = RunningMeans(), RunningMeans()
         self._projection: ProjectionCallback | None = None
-        if self.shield is not None:
+        if args.projects:
             self._projection = ProjectionCallback(args.output_dir)
             self.add_callback(self._projection)
         if isinstance(self.shield, GradientShield) and args.neuron_cosine_steps:
@@ -194,6 +194,11 @@ class AEGISTrainer(HubTrainer):
         self.add_callback(LogAtSaves())
         if vqa_holdout is not None:
             self.add_callback(VQACallback(vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log))
+
+    @property
+    def shield(self) -> GradientShield | ShardedGradientShield | ReplayShield | None:
+        """What combines task and reference gradients; under FSDP made when the weights have been sharded."""
+        return self.preservation.shield
 
     @property
     def non_finite_guard(self) -> NonFiniteGuard:
@@ -222,7 +227,8 @@ class AEGISTrainer(HubTrainer):
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
             # The transport reference has a term for each layer that the task's gradient came through.
-            no_layer = isinstance(self.shield, GradientShield) and report is not None and not report.mean_term.numel()
+            transports = isinstance(self.shield, GradientShield | ShardedGradientShield)
+            no_layer = transports and report is not None and not report.mean_term.numel()
             if report is None or not report.groups or no_layer:
                 raise RuntimeError(
                     "the task's gradient reached no decoder layer, so there is nothing to project: do the layers "
@@ -354,6 +360,23 @@ class AEGISTrainer(HubTrainer):
         self.preservation.means.clear()
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._follow_shards()
+        return prepared
+
+    def _follow_shards(self) -> None:
+        """Goes on with the parameters that FSDP2 has made of the model's."""
+        if not self.is_fsdp_enabled:
+            return
+        self._expert = expert_parameters(self.model, self.args.expert_modules)
+        self.preservation.follow_shards(self.model)
+        if self.ema is not None:
+            self.ema.follow({without_wrappers(name): p for name, p in self._expert.items()})
+        if hasattr(self.model, "sample_actions"):
+            # As the Trainer does for `generate`: weights are gathered where not `forward` itself is called.
+            register_fsdp_forward_method(self.model, "sample_actions")
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
         if self.state.global_step >= self.state.max_steps:
@@ -395,10 +418,12 @@ class AEGISTrainer(HubTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._projection is not None:
             self._projection.flush()
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(output_dir)
+        if self.ema is not None and (self.args.should_save or self.is_fsdp_enabled):
+            self.ema.save(output_dir, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        refuse_other_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
+        self._follow_shards()
         if isinstance(self.model, PreTrainedModel) and model is None:
             load_weights(self.model, resume_from_checkpoint)
         else:
@@ -437,6 +462,16 @@ def _freeze(model: nn.Module, names: list[str] | None) -> None:
         modules += found
     for module in modules:
         module.requires_grad_(False)
+
+
+@torch.no_grad()
+def _take_from_main_process(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        # Under FSDP they are not on the device yet, where processes can talk to each other.
+        whole = parameter.data.to(device)
+        torch.distributed.broadcast(whole, 0)
+        if whole is not parameter.data:
+            parameter.data.copy_(whole)
 
 
 def _because(args: AEGISConfig, name: str) -> str:

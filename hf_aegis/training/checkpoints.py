@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,25 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             continue
         return folder
     return None
+
+
+def refuse_other_kind(checkpoint: str | os.PathLike, sharded: bool) -> None:
+    """
+    Args:
+        checkpoint (`str` or `os.PathLike`): What is to be resumed.
+        sharded (`bool`): Whether the training is sharded by FSDP.
+
+    Raises:
+        ValueError: If the training that saved `checkpoint` was not. The Trainer would pass over its optimiser.
+    """
+    saved_sharded = (Path(checkpoint) / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if Path(checkpoint).is_dir() and saved_sharded != sharded:
+        now, then = ("with", "without") if sharded else ("without", "with")
+        raise ValueError(
+            f"{checkpoint} was saved {then} FSDP, and is resumed {now} it: the number of processes may change, but "
+            f"not the form of the optimiser's state. Resume {then} FSDP, or begin a new training with these weights "
+            "(from_pretrained)"
+        )
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:

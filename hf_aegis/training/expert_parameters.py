@@ -37,6 +37,11 @@ def expert_modules(model: nn.Module, paths: Iterable[str] | None = None) -> list
     return sorted(n for n in names if n != vlm and n not in parents and n.rpartition(".")[0] in parents)
 
 
+def without_wrappers(name: str) -> str:
+    """A parameter's name without what FSDP's own activation checkpointing puts in between."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def expert_parameters(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str, Parameter]:
     """Trainable parameters of the action expert by name; see [`expert_modules`]."""
     prefixes = tuple(f"{path}." for path in expert_modules(model, paths))
