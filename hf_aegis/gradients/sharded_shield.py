@@ -281,7 +281,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shield: ShardedGradientShield, tensor: Tensor) -> Tensor:
         ctx.shield = shield
-        return tensor.view_as(tensor)
+        # The Trainer scales a loss in place, which is not allowed on a view.
+        return tensor.clone() if tensor.dim() == 0 else tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
