@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from hf_aegis.gradients.data_parallel import refuse_disagreement
+
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,10 +57,15 @@ class GradientAverage:
 
     Args:
         process_group (`torch.distributed.ProcessGroup`): The processes.
+        names (`Mapping[int, str]`): The parameters' names, by their `id`.
+
+    Raises:
+        RuntimeError: If processes come with different parameters.
     """
 
-    def __init__(self, process_group: "ProcessGroup") -> None:
+    def __init__(self, process_group: "ProcessGroup", names: Mapping[int, str]) -> None:
         self.process_group = process_group
+        self._names = names
         self._waiting: list[Parameter] = []
         self._done: set[int] = set()
         self._under_way: list[tuple[list[Parameter], FlatReduction]] = []
@@ -84,6 +91,7 @@ class GradientAverage:
     def _launch(self) -> None:
         parameters, self._waiting = self._waiting, []
         gradients = [p.grad for p in parameters if p.grad is not None]
+        refuse_disagreement((self._names[id(p)] for p in parameters), gradients[0].device, self.process_group)
         self._under_way.append((parameters, FlatReduction(gradients, self.process_group)))
 
 
@@ -94,11 +102,16 @@ class TensorAverage:
     Args:
         tensors (`dict[str, Tensor]`): By names that all processes have in one order. It is emptied.
         process_group (`torch.distributed.ProcessGroup`): The processes.
+
+    Raises:
+        RuntimeError: If the processes' names differ.
     """
 
     def __init__(self, tensors: dict[str, Tensor], process_group: "ProcessGroup") -> None:
         self._under_way: list[tuple[list[str], FlatReduction]] = []
         waiting: dict[str, Tensor] = {}
+        if tensors:
+            refuse_disagreement(tensors, next(iter(tensors.values())).device, process_group)
         for name in list(tensors):
             waiting[name] = tensors.pop(name)
             if not tensors or sum(t.numel() for t in waiting.values()) >= BUCKET_SIZE:
@@ -202,6 +215,8 @@ class PairedReduction:
         """Sends what has arrived and has no reference direction; returns the names."""
         loose, self._loose = self._loose, {}
         if loose:
+            # Other ones are known to agree when their layers' moments have been exchanged.
+            refuse_disagreement(loose, next(iter(loose.values())).device, self.process_group)
             self._send(loose)
         return list(loose)
 

@@ -230,7 +230,7 @@ class ReplayShield:
         if self._reference_means is not None:
             assert self._processes is not None
             self._references = self._reference_means.wait()
-            average = GradientAverage(self._processes)
+            average = GradientAverage(self._processes, groups.names)
             average.add(groups.parameters[name] for name in task)
             average.finish()
             task = {name: p.grad for name, p in groups.parameters.items() if p.grad is not None}
@@ -252,7 +252,7 @@ class ReplayShield:
             if (before := self._before[name]) is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
         if self._processes is not None and self.projection_scope == "rank" and self._averages:
-            average = GradientAverage(self._processes)
+            average = GradientAverage(self._processes, groups.names)
             average.add(groups.parameters.values())
             average.finish()
         self.step += 1

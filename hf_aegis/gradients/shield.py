@@ -341,7 +341,11 @@ class GradientShield:
         assert self._groups is not None
         self.report = None
         self._backward_passes += 1
-        self._average = GradientAverage(self._processes) if self._averages and self._processes is not None else None
+        self._average = (
+            GradientAverage(self._processes, self._groups.names)
+            if self._averages and self._processes is not None
+            else None
+        )
         self._projector = projector = GradientProjector(
             self._groups.group_of,
             self.granularity,

@@ -286,7 +286,8 @@ class AEGISTrainer(HubTrainer):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """All that trains but the action expert, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self._expert}
+        named = ((without_wrappers(name), p) for name, p in self.model.named_parameters())
+        return {n: p for n, p in named if p.requires_grad and n not in self._expert}
 
     def _certificate(self, batches: Iterable[Mapping[str, Any]]) -> Certificate:
         assert self.anchor is not None
@@ -372,7 +373,7 @@ class AEGISTrainer(HubTrainer):
         self._expert = expert_parameters(self.model, self.args.expert_modules)
         self.preservation.follow_shards(self.model)
         if self.ema is not None:
-            self.ema.follow({without_wrappers(name): p for name, p in self._expert.items()})
+            self.ema.follow(self._expert)
         if hasattr(self.model, "sample_actions"):
             # As the Trainer does for `generate`: weights are gathered where not `forward` itself is called.
             register_fsdp_forward_method(self.model, "sample_actions")

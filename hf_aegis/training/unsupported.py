@@ -130,6 +130,9 @@ def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
         "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
         == ParallelMode.NOT_DISTRIBUTED,
         "torch.compile": args.torch_compile,
+        "ddp_static_graph, with which DistributedDataParallel would reduce the gradients itself": bool(
+            args.ddp_static_graph
+        ),
         f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
         "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
     }

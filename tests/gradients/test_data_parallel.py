@@ -262,6 +262,12 @@ def check_refusals(rank, alone):
     with pytest.raises(RuntimeError, match="backward passes use different parameters"), shield:
         task_loss(ddp, case, batch, whole).backward()
     assert all(p.grad is None for p in ddp.parameters())
+    each = GradientShield(ddp, case.anchor, projection_scope="rank")
+    with pytest.raises(RuntimeError, match="backward passes use different parameters"), each:
+        task_loss(ddp, case, batch, whole).backward()
+    static = DistributedDataParallel(case.model, static_graph=True)
+    with pytest.raises(ValueError, match=r"leave static_graph out"), GradientShield(static, case.anchor):
+        pass
     with pytest.raises(ValueError, match="itself has not been given to fully_shard"):
         ShardedGradientShield(case.model, case.anchor)
     sharded = shard(case.model)

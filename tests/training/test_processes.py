@@ -23,9 +23,13 @@ from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.training import AEGISConfig, AEGISTrainer
 from hf_aegis.training.expert_parameters import without_wrappers
 from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.settling import settle_expert
+from hf_aegis.training.weight_interpolation import WeightPath
 
 
 VOCABULARY, STEPS = 61, 3
+# In place of an action expert, of which the others have none.
+EXPERT = ["model.layers.1.mlp"]
 # How knowledge is kept, and what else is asked for.
 RUNS = {
     "streaming": {"neuron_cosine_steps": 1},
@@ -37,12 +41,23 @@ RUNS = {
         "gradient_accumulation_steps": 2,
     },
     "replayed_transport": {"reference": "replayed_transport", "granularity": "tensor"},
+    "settled": {"expert_modules": EXPERT, "learning_rate": 0.05},
 }
 RESUMED = "streaming"
 SHARDED_RUNS = {
     "sharded": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
-    "sharded_checkpointed": {"fsdp_config": {"activation_checkpointing": True}, "granularity": "global"},
-    "sharded_both": {"preserve": "both", "subspace_energy": 0.9, "activation_checkpointing": True},
+    "sharded_checkpointed": {
+        "fsdp_config": {"activation_checkpointing": True},
+        "granularity": "global",
+        "expert_modules": EXPERT,
+    },
+    "sharded_both": {
+        "preserve": "both",
+        "subspace_energy": 0.9,
+        "activation_checkpointing": True,
+        "expert_modules": EXPERT,
+        "expert_ema_decay": 0.5,
+    },
     "sharded_pairs": {"preserve": "subspace", "subspace_sensitivity": 0.9, "gradient_accumulation_steps": 2},
 }
 RESUMED_SHARDED = "sharded_both"
@@ -147,6 +162,7 @@ def sequences(size, seed):
 def train(folder, batch_size, resume=None, **changes):
     """Three steps of a batch that all processes share; the whole weights afterwards."""
     model = make_model()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     if not changes.get("fsdp"):
         changes.pop("fsdp_config", None)
     others = sequences(8, seed=7)
@@ -184,12 +200,31 @@ def train(folder, batch_size, resume=None, **changes):
         replay_dataset=others if args.needs_replay else None,
     )
     trainer.train(resume_from_checkpoint=resume)
+    if folder.name == "settled":
+        go_back(trainer, start, batch)
     if trainer.preservation.held is not None:
         assert max(trainer.preservation.held.deviation().values()) < 1e-5
     spread = [isinstance(p, DTensor) for p in trainer.model.parameters()]
     assert all(spread) if args.fsdp else not any(spread)
     assert not args.fsdp or all(isinstance(layer, FSDPModule) for layer in inner_layers(model))
     return {without_wrappers(name): whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def go_back(trainer, start, batch):
+    """Towards the weights of the start, as far as a loss allows, and some steps more of what makes up the expert."""
+    path = WeightPath(trainer.preservation.weights, start)
+
+    @torch.no_grad()
+    def loss():
+        return float(trainer.model(**batch, labels=batch["input_ids"]).loss)
+
+    shares = [None] * trainer.args.world_size
+    share = path.keep_within(loss, 0.02)
+    assert 0 < share < 1
+    if trainer.args.world_size > 1:
+        torch.distributed.all_gather_object(shares, share)
+        assert shares == [share] * len(shares)
+    settle_expert(trainer, 2)
 
 
 def inner_layers(model):
