@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
@@ -416,7 +418,14 @@ class AEGISTrainer(HubTrainer):
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled:
+            # Without a second copy of the weights, in a pickle.
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save and self.lr_scheduler is not None:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if self._projection is not None:
             self._projection.flush()
         if self.ema is not None and (self.args.should_save or self.is_fsdp_enabled):
@@ -425,14 +434,14 @@ class AEGISTrainer(HubTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         refuse_other_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         self._follow_shards()
-        if isinstance(self.model, PreTrainedModel) and model is None:
+        if isinstance(self.model, PreTrainedModel) and (model is None or self.is_fsdp_enabled):
             load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         checkpoint = str(self.state.best_model_checkpoint)
-        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(self.model, PreTrainedModel):
             load_weights(self.model, checkpoint)
         else:
             super()._load_best_model()

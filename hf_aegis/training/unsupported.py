@@ -7,11 +7,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PI0ForConditionalGeneration
+from transformers import PI0ForConditionalGeneration, PreTrainedModel
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.training.aegis_config import AEGISConfig
+from hf_aegis.training.run_arguments import RunArguments
 
 
 def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
@@ -75,6 +76,20 @@ def refuse_sharding(state: Any, args: AEGISConfig) -> None:
             raise ValueError(f"FSDP is not supported with {reason}")
 
 
+def refuse_after_sharding(run: RunArguments, args: AEGISConfig) -> None:
+    """
+    Raises:
+        ValueError: If a run under FSDP asks for what is done to whole weights, before or after the training.
+    """
+    names = ("lora", "gse", "weight_interpolation", "keep_within", "settling_steps", "analysis_samples")
+    for name in names:
+        if asks_for_fsdp(args) and (value := getattr(run, name)):
+            raise ValueError(
+                f"{name}={value!r} needs whole weights, and is not supported with FSDP; run torchrun without fsdp "
+                "(DistributedDataParallel)"
+            )
+
+
 def asks_for_fsdp(args: AEGISConfig) -> bool:
     """Whether the arguments, or `accelerate launch`, ask for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -102,6 +117,9 @@ def _under_fsdp(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
             args.neuron_cosine_steps > 0
         ),
         f"FSDP and PEFT adapters, which need too little memory for it; {ddp}": isinstance(model, PeftModel),
+        f"FSDP and a {type(model).__name__}, which is no PreTrainedModel whose checkpoints could be read back": (
+            not isinstance(model, PreTrainedModel | PeftModel)
+        ),
         f"FSDP and the optimiser {optimizer}, whose 8-bit states do not know sharded weights; use adamw_torch": any(
             name in optimizer for name in ("8bit", "bnb", "4bit")
         ),
