@@ -61,7 +61,8 @@ class AEGISTrainer(HubTrainer):
     π0's anchor is collected from π0 itself, `ActivationAnchor.collect(pi0, batches)`; it trains without activation
     checkpointing, which would cut its vision-language model off.
     Gradient accumulation projects each micro-batch by itself. Several processes (`torchrun`) train as one does with a
-    batch as large as all of theirs, unless `args.projection_scope="rank"`. Training with `args.preserve="none"` and no
+    batch as large as all of theirs, unless `args.projection_scope="rank"`. With `args.fsdp` they share parameters,
+    gradients and optimiser states (FSDP2), and the dual backward is the two-pass form. Training with `args.preserve="none"` and no
     `args.penalties` is that of a plain `Trainer`.
 
     The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
