@@ -32,6 +32,7 @@ from hf_aegis.gradients.projector import (
 )
 from hf_aegis.gradients.recompute import refuse_reentrant
 from hf_aegis.gradients.reference import LayerPenalty, TransportPenalty
+from hf_aegis.gradients.shards import reshard
 from hf_aegis.gradients.token_mask import TokenMask
 
 
@@ -145,6 +146,7 @@ class ShardedGradientShield:
         for index, layer in enumerate(self.layers):
             refuse_reentrant(index, layer)
         self.report = None
+        reshard(self.model)  # an evaluation may have come before
         self._groups = groups = ParameterGroups(self.model, self.layers)
         self._before = {name: parameter.grad for name, parameter in groups.parameters.items()}
         _clear(groups)

@@ -2,13 +2,24 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory; the tensor itself where it is not spread."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Drops the whole weights that FSDP2 keeps after a forward pass without a backward pass. While they are there the
+    model's parameters are those, and the next forward pass uses them, whatever happened to the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:

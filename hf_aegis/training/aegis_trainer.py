@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.gradients import Certificate, GradientShield, ReplayShield, ShardedGradientShield
+from hf_aegis.gradients import Certificate, GradientShield, ReplayShield, ShardedGradientShield, reshard
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
     ExpertEMACallback,
@@ -62,8 +62,8 @@ class AEGISTrainer(HubTrainer):
     checkpointing, which would cut its vision-language model off.
     Gradient accumulation projects each micro-batch by itself. Several processes (`torchrun`) train as one does with a
     batch as large as all of theirs, unless `args.projection_scope="rank"`. With `args.fsdp` they share parameters,
-    gradients and optimiser states (FSDP2), and the dual backward is the two-pass form. Training with `args.preserve="none"` and no
-    `args.penalties` is that of a plain `Trainer`.
+    gradients and optimiser states (FSDP2), and the dual backward is the two-pass form. Training with
+    `args.preserve="none"` and no `args.penalties` is that of a plain `Trainer`.
 
     The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
     EWC, L2-SP, feature distillation and co-training of it. The weights that the model has when the trainer is made are
@@ -149,6 +149,8 @@ class AEGISTrainer(HubTrainer):
             **kwargs,
         )
         refuse_sharding(self.accelerator.state, args)
+        if self.is_fsdp_enabled:
+            _shard_what_is_there(self.model, self.accelerator.state.fsdp_plugin)
         assert args.output_dir is not None
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
@@ -354,6 +356,7 @@ class AEGISTrainer(HubTrainer):
             resume_from_checkpoint = str(download_checkpoint(resume_from_checkpoint, folder, token))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.ema is not None:
+            reshard(self.model)
             self.ema.copy_to_model()
         return output
 
@@ -373,6 +376,7 @@ class AEGISTrainer(HubTrainer):
         """Goes on with the parameters that FSDP2 has made of the model's."""
         if not self.is_fsdp_enabled:
             return
+        reshard(self.model)
         self._expert = expert_parameters(self.model, self.args.expert_modules)
         self.preservation.follow_shards(self.model)
         if self.ema is not None:
@@ -402,9 +406,12 @@ class AEGISTrainer(HubTrainer):
     def _evaluating(self) -> Any:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         averaged = self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext()
+        # What is swapped are shards: before and afterwards no whole weights may be left over.
+        reshard(self.model)
         with torch.random.fork_rng(devices), averaged:
             torch.manual_seed(self.args.seed)
             yield
+            reshard(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds flow error, penalties, the projection's means and the dropped steps to what the training loop logs."""
@@ -475,14 +482,22 @@ def _freeze(model: nn.Module, names: list[str] | None) -> None:
         module.requires_grad_(False)
 
 
+def _shard_what_is_there(model: nn.Module, plugin: Any) -> None:
+    """Names what FSDP shards by itself; accelerate takes `_no_split_modules` for it, some of which PaliGemma lacks."""
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
+
+
 @torch.no_grad()
 def _take_from_main_process(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
     for parameter in parameters:
         # Under FSDP they are not on the device yet, where processes can talk to each other.
-        whole = parameter.data.to(device)
+        mine = parameter.data
+        whole = mine.to(device)
         torch.distributed.broadcast(whole, 0)
-        if whole is not parameter.data:
-            parameter.data.copy_(whole)
+        if whole is not mine:
+            mine.copy_(whole)
 
 
 def _because(args: AEGISConfig, name: str) -> str:
