@@ -150,7 +150,8 @@ class AEGISTrainer(HubTrainer):
         )
         refuse_sharding(self.accelerator.state, args)
         if self.is_fsdp_enabled:
-            _shard_what_is_there(self.model, self.accelerator.state.fsdp_plugin)
+            expert = expert_modules(model, args.expert_modules)
+            _choose_shards(self.model, self.accelerator.state.fsdp_plugin, expert)
         assert args.output_dir is not None
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
@@ -482,11 +483,17 @@ def _freeze(model: nn.Module, names: list[str] | None) -> None:
         module.requires_grad_(False)
 
 
-def _shard_what_is_there(model: nn.Module, plugin: Any) -> None:
-    """Names what FSDP shards by itself; accelerate takes `_no_split_modules` for it, some of which PaliGemma lacks."""
+def _choose_shards(model: nn.Module, plugin: Any, expert: Iterable[str]) -> None:
+    """
+    Names the classes of modules that FSDP gathers one at a time, where the user has not. accelerate would take all
+    `_no_split_modules`: PaliGemma lacks some of them, and an action expert's layers do part of their work outside of
+    their own forward pass, so that it is gathered with what is left over.
+    """
     if plugin.transformer_cls_names_to_wrap is None:
         present = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
+        apart = {type(module).__name__ for path in expert for module in model.get_submodule(path).modules()}
+        named = set(getattr(model, "_no_split_modules", None) or ())
+        plugin.transformer_cls_names_to_wrap = sorted((present & named) - apart)
 
 
 @torch.no_grad()

@@ -141,6 +141,7 @@ def check_fsdp(rank, alone):
             shield = GradientShield(case.model, case.anchor, process_group=alone, granularity=granularity)
             expected, expected_reports = accumulate(case, case.model, [(b, b) for b in whole], shield)
             shield = ShardedGradientShield(sharded, case.anchor, granularity=granularity)
+            sharded.zero_grad()
             with torch.no_grad():
                 sharded(**share(whole[1], rank))  # leaves FSDP with whole weights of the outermost modules
             found, reports = accumulate(case, sharded, [(share(b, rank), b) for b in whole], shield)
