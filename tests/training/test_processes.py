@@ -84,7 +84,7 @@ def test_two_processes_equal_one(tmp_path, run_processes, one_sharded_process):
     assert not [path.name for path in Path(first).iterdir() if "fsdp" in path.name]
     with one_sharded_process():
         compare(train(tmp_path / "one" / "resumed_sharded", 4, fsdp=True, **again), alone[RESUMED_SHARDED])
-    with pytest.raises(ValueError, match="was saved with FSDP .*and is resumed without it"):
+    with pytest.raises(ValueError, match=r"was saved with FSDP .*and is resumed without it"):
         train(tmp_path / "one" / "resumed_whole", 4, **again)
 
 

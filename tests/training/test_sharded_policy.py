@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction
 from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.training.aegis_trainer import _choose_shards
 from hf_aegis.training.expert_ema import EMA_FILE
 
 
@@ -50,6 +52,17 @@ def test_a_sharded_policy_is_the_same_policy(tmp_path, demonstrations, flow_anch
     actions = [act(policy, tmp_path / "inputs.pt") for policy in policies]
     torch.testing.assert_close(actions[1], actions[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(torch.load(tmp_path / "actions.pt"), actions[1], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_are_gathered_one_at_a_time_and_the_expert_is_not(make_flow_model):
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    _choose_shards(make_flow_model(), plugin, ["action_expert"])
+    assert {"Gemma2DecoderLayer", "SiglipEncoderLayer"} <= set(plugin.transformer_cls_names_to_wrap)
+    # PaliGemma has the one not at all; the other's cross-attention runs before the layer itself.
+    assert {"SiglipTextEmbeddings", "ActionExpertLayer"}.isdisjoint(plugin.transformer_cls_names_to_wrap)
+    chosen = SimpleNamespace(transformer_cls_names_to_wrap=["Gemma2DecoderLayer"])
+    _choose_shards(make_flow_model(), chosen, ["action_expert"])
+    assert chosen.transformer_cls_names_to_wrap == ["Gemma2DecoderLayer"]
 
 
 def logs(folder):
