@@ -43,7 +43,7 @@ from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
-from hf_aegis.training.unsupported import refuse_cut_gradient, refuse_sharding, refuse_unsupported
+from hf_aegis.training.unsupported import asks_for_fsdp, refuse_cut_gradient, refuse_sharding, refuse_unsupported
 from hf_aegis.tuners.gse import GSEModel
 
 
@@ -135,6 +135,8 @@ class AEGISTrainer(HubTrainer):
             replay_collator = question_collator(model, processing_class) or data_collator
         if certificate_batches is not None and anchor is None:
             raise ValueError("certificate_batches need an anchor with subspaces")
+        if certificate_batches is not None and asks_for_fsdp(args):
+            raise ValueError("certificate_batches are not supported with FSDP; measure a saved model with Certificate")
         if anchor is not None and (args.needs_anchor or certificate_batches is not None):
             anchor.check_compatible(model, layers=args.decoder_layers)
         # The first thing that changes the model, after all that may refuse it.

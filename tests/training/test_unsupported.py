@@ -42,6 +42,13 @@ def test_what_does_not_go_with_fsdp_is_refused(
         AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset, replay_dataset=token_dataset)
 
 
+def test_certificates_are_refused_with_fsdp(make_language_model, make_anchor, make_args, token_dataset):
+    model, args = make_language_model(), make_args()
+    args.fsdp = True
+    with pytest.raises(ValueError, match="certificate_batches are not supported with FSDP"):
+        AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset, certificate_batches=[])
+
+
 # PEFT asks the model by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_models_that_fsdp_does_not_shard_are_refused(make_language_model, make_args, token_dataset, monkeypatch):
