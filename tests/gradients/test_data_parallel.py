@@ -31,7 +31,7 @@ from hf_aegis.gradients import (
 
 
 def test_two_processes_equal_one(run_processes):
-    run_processes(__file__)
+    run_processes(__file__, timeout=900)
 
 
 # -- in each of the two processes -------------------------------------------------------------------------------------

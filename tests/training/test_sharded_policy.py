@@ -43,7 +43,11 @@ def test_a_sharded_policy_is_the_same_policy(tmp_path, demonstrations, flow_anch
     for found in (sharded, resumed):
         for file in ("checkpoint-4/model.safetensors", f"checkpoint-4/{EMA_FILE}", "model.safetensors"):
             expected = load_file(whole / file)
-            for name, weight in load_file(found / file).items():
+            stored = load_file(found / file)
+            # Tied to the embeddings; what FSDP gathers does not share their memory.
+            stored.pop("lm_head.weight", None)
+            assert stored.keys() == expected.keys()
+            for name, weight in stored.items():
                 torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5, msg=f"{file}: {name}")
         assert logs(found) == pytest.approx(logs(whole), rel=1e-3, abs=1e-4)
     assert json.loads((sharded / "config.json").read_text())["architectures"] == ["PaliGemmaFlowForAction"]
