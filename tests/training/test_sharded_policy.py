@@ -31,8 +31,8 @@ from hf_aegis.training.expert_ema import EMA_FILE
 
 
 EXPERT = {"expert_hidden_size": 16, "expert_num_layers": 2, "expert_num_heads": 2, "expert_intermediate_size": 32}
-# What of the logs is of the machine.
-TIMED = ("runtime", "_per_second", "total_flos")
+# What of the logs is of the machine, or of the steps since resuming alone.
+TIMED = ("runtime", "_per_second", "total_flos", "train_loss")
 
 
 @pytest.mark.slow
