@@ -22,14 +22,23 @@ pytest_plugins = ["loopback_hub.fixture"]
 
 
 @pytest.fixture
-def run_processes():
+def unused_port():
+    """Gives the number of a port of the loopback interface that nothing listens on."""
+
+    def find():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture
+def run_processes(unused_port):
     """Runs a script in several processes that find each other as `torchrun`'s do; fails if one of them does."""
 
     def run(script, *arguments, size=2, timeout=300):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": str(size)}
         shared["GLOO_SOCKET_IFNAME"] = "lo"
         command = [sys.executable, str(script), *map(str, arguments)]
         processes = []

@@ -34,6 +34,7 @@ from hf_aegis.gradients.reduction import average_over_processes
 from hf_aegis.gradients.reference import LayerPenalty, ReferencePenalty, TransportPenalty
 from hf_aegis.gradients.replay import ReplayShield
 from hf_aegis.gradients.sharded_shield import ShardedGradientShield
+from hf_aegis.gradients.shards import as_whole, gathered, local_part, own_part, reshard
 from hf_aegis.gradients.shield import GradientShield
 from hf_aegis.gradients.update_projection import UpdateProjection
 
@@ -71,8 +72,13 @@ __all__ = [
     "TransportLoss",
     "TransportPenalty",
     "UpdateProjection",
+    "as_whole",
     "average_over_processes",
     "fisher_diagonal",
     "freeze_unheld",
+    "gathered",
+    "local_part",
     "make_combiner",
+    "own_part",
+    "reshard",
 ]

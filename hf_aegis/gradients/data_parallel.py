@@ -2,6 +2,7 @@
 
 import contextlib
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -92,11 +93,19 @@ def without_ddp_reduction(model: nn.Module) -> Iterator[bool]:
     """
     A block in which `DistributedDataParallel` leaves gradients alone. Yields whether it would have reduced them; that
     it would not is how loops that accumulate gradients (`no_sync`) say that more micro-batches will follow.
+
+    Raises:
+        ValueError: If it was made with `static_graph=True`.
     """
     ddp = find_ddp(model)
     if ddp is None:
         yield True
         return
+    if ddp.static_graph:
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) counts on reducing the gradients itself, which has to be left "
+            "to the shield: leave static_graph out"
+        )
     wanted = bool(ddp.require_backward_grad_sync)
     with ddp.no_sync():
         yield wanted
@@ -115,6 +124,46 @@ def refuse_ddp_reduction() -> None:
         )
 
 
+# By process group, what its processes have been found to agree on.
+_AGREED: dict[str, set[int]] = defaultdict(set)
+
+
+def refuse_disagreement(names: Iterable[str], device: torch.device, process_group: "ProcessGroup") -> None:
+    """
+    One small collective, before those that `names` are for.
+
+    Args:
+        names (`Iterable[str]`): What has to be the same in all processes, or their next collectives would not fit.
+        device (`torch.device`): Where the process group communicates.
+        process_group (`torch.distributed.ProcessGroup`): The processes; all have to call it.
+
+    Raises:
+        RuntimeError: If `names` differ. On an accelerator this is looked at where they are new to this process only,
+            since the host would wait for the device each time.
+    """
+    signature = _signature(names)
+    mine = torch.tensor([signature], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(process_group))]
+    distributed.all_gather(everyone, mine, group=process_group)
+    agreed = _AGREED[process_group.group_name]
+    if device.type == "cpu" or signature not in agreed:
+        agreed.add(signature)
+        _refuse_different([int(theirs) for theirs in everyone])
+
+
+def _signature(names: Iterable[str]) -> int:
+    """24 bits, which float32 holds exactly."""
+    return zlib.crc32("\n".join(names).encode()) >> 8
+
+
+def _refuse_different(signatures: Sequence[int]) -> None:
+    if len(set(signatures)) > 1:
+        raise RuntimeError(
+            "the processes' backward passes use different parameters, so that their gradients cannot be brought "
+            "together: give each process a batch of the same make (all with images, for instance)"
+        )
+
+
 class MomentsExchange:
     """
     Brings the moments of all processes together.
@@ -125,7 +174,6 @@ class MomentsExchange:
 
     def __init__(self, process_group: "ProcessGroup") -> None:
         self.process_group = process_group
-        self._seen: set[int] = set()
 
     @torch.no_grad()
     def __call__(self, moments: Sequence[LayerMoments], names: Iterable[str] = ()) -> SharedMoments:
@@ -137,23 +185,17 @@ class MomentsExchange:
             names (`Iterable[str]`): What has to be the same in all processes, or their next collectives would not fit.
 
         Raises:
-            RuntimeError: If `names` differ. On an accelerator this is looked at where they are new to this process
-                only, since the host would wait for the device each time.
+            RuntimeError: If `names` differ; as [`refuse_disagreement`].
         """
-        # 24 bits, which float32 holds exactly.
-        signature = zlib.crc32("\n".join(names).encode()) >> 8
+        signature = _signature(names)
         rows = [torch.cat([m.mean, m.variance, m.count[None]]) for m in moments]
         mine = torch.cat([*rows, rows[0].new_full((1,), float(signature))]).detach()
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.process_group))]
         distributed.all_gather(everyone, mine, group=self.process_group)
-        if mine.device.type == "cpu" or signature not in self._seen:
-            self._seen.add(signature)
-            signatures = [int(theirs[-1]) for theirs in everyone]
-            if len(set(signatures)) > 1:
-                raise RuntimeError(
-                    "the processes' backward passes use different parameters, so that their gradients cannot be "
-                    "brought together: give each process a batch of the same make (all with images, for instance)"
-                )
+        agreed = _AGREED[self.process_group.group_name]
+        if mine.device.type == "cpu" or signature not in agreed:
+            agreed.add(signature)
+            _refuse_different([int(theirs[-1]) for theirs in everyone])
         rank = distributed.get_rank(self.process_group)
         # Layers are stacked, `(L, D)`, so that a merge is one operation for all.
         tables = [_unstacked(theirs[:-1].view(len(rows), -1)) for theirs in everyone]

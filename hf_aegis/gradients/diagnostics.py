@@ -1,12 +1,14 @@
 """What a projected backward pass did, per group and in total (arXiv 2604.16067, §4 and appendix B)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from hf_aegis.functional.gram_schmidt import shed_energy
+from hf_aegis.gradients.reference import LayerPenalty
 
 
 @dataclass
@@ -42,6 +44,22 @@ class ProjectionReport:
     dropped: list[str] = field(default_factory=list)
     replay_loss: float | Tensor | None = None
     update_squared_norm: Tensor | None = None
+
+    @classmethod
+    def of(cls, groups: list[str], scalars: Tensor, penalties: Sequence[LayerPenalty], penalty_scale: float) -> Self:
+        """
+        The report of a backward pass projected against the transport penalty.
+
+        Args:
+            groups (`list[str]`): The groups' names.
+            scalars (`Tensor` of shape `(G, 4)`): Inner products, both squared norms, coefficients.
+            penalties (`Sequence[LayerPenalty]`): Those of the layers that the gradient came through.
+            penalty_scale (`float`): What they were scaled by.
+        """
+        terms = [torch.stack([p.mean_term, p.std_term]) for p in penalties]
+        mean_term, std_term = torch.stack(terms, dim=1) if terms else torch.zeros(2, 0)
+        dot, task, reference, alpha = scalars.unbind(dim=1)
+        return cls(groups, dot, task, reference, alpha, mean_term, std_term, penalty_scale)
 
     @property
     def cosine(self) -> Tensor:

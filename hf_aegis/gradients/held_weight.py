@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from hf_aegis.functional.product_precision import full_precision_products
+from hf_aegis.gradients.shards import own_part
 
 
 class HeldWeight:
@@ -54,7 +55,7 @@ class HeldWeight:
         self.basis = basis
         self.share = share
         weight = local_rows(linear)
-        self.output_basis = None if output_basis is None else _own_rows(linear, output_basis)
+        self.output_basis = None if output_basis is None else own_part(output_basis, _weight(linear))
         self.target = self._action(weight) if target is None else target
 
     @torch.no_grad()
@@ -108,7 +109,7 @@ class HeldWeight:
                 f"a held weight has {weight.shape[0]} rows on {weight.device} in this process, but had "
                 f"{by_row.shape[0]} on {by_row.device}: hold it anew, or after the model was moved and sharded"
             )
-        mine = _own_rows(self.linear, by_row)
+        mine = own_part(by_row, _weight(self.linear))
         if self.output_basis is None:
             self.target = mine
         else:
@@ -159,10 +160,5 @@ def local_rows(linear: nn.Module) -> Tensor:
     return weight
 
 
-def _own_rows(linear: nn.Module, whole: Tensor) -> Tensor:
-    """This process's rows of `(out, ...)` values, as the weight is placed; nothing is communicated."""
-    parameter: Any = linear.weight
-    if not isinstance(parameter, DTensor):
-        return whole.to(parameter.device)
-    placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return placed.to_local().clone()
+def _weight(linear: Any) -> Tensor:
+    return linear.weight

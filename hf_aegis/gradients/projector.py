@@ -1,8 +1,9 @@
 """Bends the gradients of one backward pass, group by group, while autograd delivers them."""
 
 import contextlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Literal
 
@@ -13,6 +14,8 @@ from torch.nn import Parameter
 from hf_aegis.functional.inner_product import inner_product
 from hf_aegis.gradients.combiners import Combiner
 
+
+logger = logging.getLogger(__name__)
 
 Granularity = Literal["layer", "global", "tensor"]
 UNPROTECTED = "unprotected"
@@ -31,6 +34,17 @@ def bending_on_device() -> Iterator[None]:
         yield
     finally:
         _ON_DEVICE.reset(token)
+
+
+def check_options(granularity: str, penalty_scale: float = 1.0) -> None:
+    """
+    Raises:
+        ValueError: If the granularity is unknown, or the scale not positive.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
+    if not penalty_scale > 0:
+        raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
 
 
 def bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
@@ -173,12 +187,7 @@ class GradientProjector:
             squares.append(torch.stack(self._watched_squares).sum())
         if not squares:
             return []
-        finite = torch.isfinite(total(torch.stack(squares))).tolist()
-        dropped = [name for name, is_finite in zip(groups, finite, strict=True) if not is_finite]
-        for name in dropped:
-            for parameter in groups[name]:
-                parameter.grad = None
-        return dropped
+        return drop_where_not_finite(groups, total(torch.stack(squares)))
 
     def _totals(self, unit: str) -> Tensor:
         return torch.stack([torch.stack(row) for row in self._scalars[unit]]).sum(dim=0)
@@ -194,6 +203,27 @@ class GradientProjector:
                     self._on_reference(unit, name, reference)
         if self._on_projected is not None:
             self._on_projected(self._parameters[unit].values())
+
+
+def drop_where_not_finite(groups: Mapping[str, Iterable[Parameter]], squares: Tensor) -> list[str]:
+    """
+    Removes gradients that are not finite.
+
+    Args:
+        groups (`Mapping[str, Iterable[torch.nn.Parameter]]`): What is removed together.
+        squares (`Tensor` of shape `(G,)`): Of each group, whatever is finite only where its gradient is.
+
+    Returns:
+        `list[str]`: Names of the groups that have no gradient any more.
+    """
+    finite = torch.isfinite(squares).tolist()
+    dropped = [name for name, is_finite in zip(groups, finite, strict=True) if not is_finite]
+    for name in dropped:
+        for parameter in groups[name]:
+            parameter.grad = None
+    if dropped:
+        logger.warning("dropped the gradients of %s: not finite", ", ".join(dropped))
+    return dropped
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> None:

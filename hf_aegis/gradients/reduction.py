@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from hf_aegis.gradients.data_parallel import refuse_disagreement
+
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,10 +57,16 @@ class GradientAverage:
 
     Args:
         process_group (`torch.distributed.ProcessGroup`): The processes.
+        names (`Mapping[int, str]`): The parameters' names, by their `id`.
+
+    Raises:
+        RuntimeError: If processes come with different parameters.
     """
 
-    def __init__(self, process_group: "ProcessGroup") -> None:
+    def __init__(self, process_group: "ProcessGroup", names: Mapping[int, str]) -> None:
         self.process_group = process_group
+        self._names = names
+        self._device: torch.device | None = None
         self._waiting: list[Parameter] = []
         self._done: set[int] = set()
         self._under_way: list[tuple[list[Parameter], FlatReduction]] = []
@@ -68,14 +76,15 @@ class GradientAverage:
         for parameter in parameters:
             if parameter.grad is not None and id(parameter) not in self._done:
                 self._done.add(id(parameter))
+                self._device = parameter.device
                 self._waiting.append(parameter)
                 if sum(p.numel() for p in self._waiting) >= BUCKET_SIZE:
                     self._launch()
 
     def finish(self) -> None:
         """Waits for all of them."""
-        if self._waiting:
-            self._launch()
+        # Also where nothing waits here, as something may in another process.
+        self._launch()
         for parameters, reduction in self._under_way:
             for parameter, mean in zip(parameters, reduction.wait(mean=True), strict=True):
                 parameter.grad = mean
@@ -83,8 +92,11 @@ class GradientAverage:
 
     def _launch(self) -> None:
         parameters, self._waiting = self._waiting, []
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._under_way.append((parameters, FlatReduction(gradients, self.process_group)))
+        if self._device is not None:
+            refuse_disagreement((self._names[id(p)] for p in parameters), self._device, self.process_group)
+        if parameters:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._under_way.append((parameters, FlatReduction(gradients, self.process_group)))
 
 
 class TensorAverage:
@@ -94,11 +106,16 @@ class TensorAverage:
     Args:
         tensors (`dict[str, Tensor]`): By names that all processes have in one order. It is emptied.
         process_group (`torch.distributed.ProcessGroup`): The processes.
+
+    Raises:
+        RuntimeError: If the processes' names differ.
     """
 
     def __init__(self, tensors: dict[str, Tensor], process_group: "ProcessGroup") -> None:
         self._under_way: list[tuple[list[str], FlatReduction]] = []
         waiting: dict[str, Tensor] = {}
+        if tensors:
+            refuse_disagreement(tensors, next(iter(tensors.values())).device, process_group)
         for name in list(tensors):
             waiting[name] = tensors.pop(name)
             if not tensors or sum(t.numel() for t in waiting.values()) >= BUCKET_SIZE:
@@ -171,6 +188,7 @@ class PairedReduction:
         self._expected: dict[str, set[str]] = defaultdict(set)
         self._arrived: dict[str, dict[str, Parameter]] = defaultdict(dict)
         self._loose: dict[str, Parameter] = {}
+        self._device: torch.device | None = None
         self._before: dict[str, tuple[Parameter, Tensor | None]] = {}
         self._under_way: deque[_Bucket] = deque()
 
@@ -181,6 +199,7 @@ class PairedReduction:
 
     def set_aside(self, name: str, parameter: Parameter) -> None:
         """Makes room for this backward pass's gradient alone; called before it is accumulated."""
+        self._device = parameter.device
         self._before[name] = (parameter, parameter.grad)
         parameter.grad = None
 
@@ -202,14 +221,21 @@ class PairedReduction:
         """Sends what has arrived and has no reference direction; returns the names."""
         loose, self._loose = self._loose, {}
         if loose:
+            # Those of the layers are known to agree when the layers' moments have been exchanged.
+            refuse_disagreement(loose, next(iter(loose.values())).device, self.process_group)
             self._send(loose)
         return list(loose)
 
     def finish(self) -> None:
         """Sends what is left, and waits for all."""
-        for group in list(self._arrived):
-            self._send(self._arrived.pop(group))
-        self.send_loose()
+        left = [*self._arrived.values(), self._loose]
+        self._arrived, self._loose = defaultdict(dict), {}
+        # Also where nothing is left here, as something may be in another process.
+        if self._device is not None:
+            refuse_disagreement((name for part in left for name in part), self._device, self.process_group)
+        for part in left:
+            if part:
+                self._send(part)
         while self._under_way:
             self._settle()
 

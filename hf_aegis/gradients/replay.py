@@ -1,7 +1,6 @@
 """A replayed batch's gradient as the reference: A-GEM, PCGrad, GradDrop (arXiv 1812.00420, 2001.06782, 2010.06808)."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -24,9 +23,10 @@ from hf_aegis.gradients.data_parallel import (
 from hf_aegis.gradients.diagnostics import ProjectionReport
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.projector import (
-    GRANULARITIES,
     UNPROTECTED,
     Granularity,
+    check_options,
+    drop_where_not_finite,
     natural_order,
     refuse_sparse,
     unit_of,
@@ -37,9 +37,6 @@ from hf_aegis.gradients.reduction import GradientAverage, TensorAverage
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-logger = logging.getLogger(__name__)
 
 
 class ReplayShield:
@@ -131,8 +128,7 @@ class ReplayShield:
     ) -> None:
         if projection_scope not in PROJECTION_SCOPES:
             raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
+        check_options(granularity)
         if seed < 0:
             raise ValueError(f"seed must not be negative, found {seed}")
         self.wrapper = model
@@ -234,7 +230,7 @@ class ReplayShield:
         if self._reference_means is not None:
             assert self._processes is not None
             self._references = self._reference_means.wait()
-            average = GradientAverage(self._processes)
+            average = GradientAverage(self._processes, groups.names)
             average.add(groups.parameters[name] for name in task)
             average.finish()
             task = {name: p.grad for name, p in groups.parameters.items() if p.grad is not None}
@@ -251,12 +247,12 @@ class ReplayShield:
         rows = [self._combine_unit([groups.parameters[n] for n in units[u]], units[u], generator) for u in names]
         self.report = self._make_report(names, rows)
         if self.drop_non_finite:
-            self._drop_non_finite({**units, UNPROTECTED: others}, groups.parameters)
+            self._drop_non_finite(units, others, groups.parameters)
         for name, parameter in groups.parameters.items():
             if (before := self._before[name]) is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
         if self._processes is not None and self.projection_scope == "rank" and self._averages:
-            average = GradientAverage(self._processes)
+            average = GradientAverage(self._processes, groups.names)
             average.add(groups.parameters.values())
             average.finish()
         self.step += 1
@@ -290,25 +286,20 @@ class ReplayShield:
             update_squared_norm=update if self._combiner.symmetric else None,
         )
 
-    def _drop_non_finite(self, units: dict[str, list[str]], parameters: dict[str, Parameter]) -> None:
+    def _drop_non_finite(
+        self, units: dict[str, list[str]], others: list[str], parameters: dict[str, Parameter]
+    ) -> None:
         assert self.report is not None
+        groups = {unit: [parameters[name] for name in units[unit]] for unit in self.report.groups}
         squares = [*self.report.task_squared_norm.unbind()]
-        gradients = [g for name in units[UNPROTECTED] if (g := parameters[name].grad) is not None]
-        if gradients:
+        if gradients := [g for name in others if (g := parameters[name].grad) is not None]:
+            groups[UNPROTECTED] = [parameters[name] for name in others]
             squares.append(_squared_norm(gradients))
         if not squares:
             return
-        ordered = [*self.report.groups, UNPROTECTED]
         # With a scope of single processes, what one of them drops the others drop.
         own = self._processes if self.projection_scope == "rank" else None
-        finite = torch.isfinite(total_over_processes(torch.stack(squares), own)).tolist()
-        # Without unprotected gradients that last name has no square of its own.
-        self.report.dropped = [name for name, is_finite in zip(ordered, finite, strict=False) if not is_finite]
-        for unit in self.report.dropped:
-            for name in units[unit]:
-                parameters[name].grad = None
-        if self.report.dropped:
-            logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
+        self.report.dropped = drop_where_not_finite(groups, total_over_processes(torch.stack(squares), own))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         seed = int(np.random.SeedSequence([self.seed, self.step]).generate_state(1, np.uint64)[0])

@@ -1,6 +1,5 @@
 """The projection for models whose parameters FSDP2 has spread over processes."""
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -22,17 +21,23 @@ from hf_aegis.gradients.forward_pass import hidden_output
 from hf_aegis.gradients.graph import LayerLeakError, LostGradientError
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.layer_entry import in_backward
-from hf_aegis.gradients.projector import GRANULARITIES, UNPROTECTED, Granularity, bend, natural_order, unit_of
+from hf_aegis.gradients.projector import (
+    UNPROTECTED,
+    Granularity,
+    bend,
+    check_options,
+    drop_where_not_finite,
+    natural_order,
+    unit_of,
+)
 from hf_aegis.gradients.recompute import refuse_reentrant
 from hf_aegis.gradients.reference import LayerPenalty, TransportPenalty
+from hf_aegis.gradients.shards import reshard
 from hf_aegis.gradients.token_mask import TokenMask
 
 
 if TYPE_CHECKING:
     from hf_aegis.anchors import ActivationAnchor
-
-
-logger = logging.getLogger(__name__)
 
 
 class ShardedGradientShield:
@@ -113,10 +118,7 @@ class ShardedGradientShield:
         layers: str | nn.ModuleList | None = None,
         drop_non_finite: bool = True,
     ) -> None:
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
-        if not penalty_scale > 0:
-            raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
+        check_options(granularity, penalty_scale)
         self.model = model
         self.layers = find_decoder_layers(model, layers)
         anchor.check_compatible(model, check="shape", layers=layers)
@@ -144,6 +146,7 @@ class ShardedGradientShield:
         for index, layer in enumerate(self.layers):
             refuse_reentrant(index, layer)
         self.report = None
+        reshard(self.model)  # an evaluation may have come before
         self._groups = groups = ParameterGroups(self.model, self.layers)
         self._before = {name: parameter.grad for name, parameter in groups.parameters.items()}
         _clear(groups)
@@ -238,29 +241,31 @@ class ShardedGradientShield:
                 )
             return False
         task = {name: _local(p.grad) for name, p in groups.parameters.items() if p.grad is not None}
+        if not task:
+            return False
         groups.note_reached(self._references)
         units: dict[str, list[str]] = {}
         for name in task:
             protected = groups.is_protected(name)
             unit = unit_of(name, groups.group_of(name), self.granularity) if protected else UNPROTECTED
             units.setdefault(unit, []).append(name)
-        others = units.pop(UNPROTECTED, [])
-        names = sorted(units, key=natural_order)
+        # Projected groups first, by number; what is not projected only has a norm.
+        names = sorted(units.keys() - {UNPROTECTED}, key=natural_order)
+        every = [*names, *(units.keys() & {UNPROTECTED})]
         references = {name: _local(reference) for name, reference in self._references.items()}
-        rows = [self._scalars(units[unit], task, references) for unit in names]
-        if others:
-            rows.append(self._scalars(others, task, {}))
-        if rows:
-            table = torch.stack(rows)
-            distributed.all_reduce(table, group=self._process_group)
-            alphas = [self.combiner(*row) for row in table[: len(names)]]
-            for unit, alpha in zip(names, alphas, strict=True):
-                for name in units[unit]:
-                    if name in references:
-                        bend(task[name], references[name], alpha)
-            self._report(names, table[: len(names)], alphas)
-            if self.drop_non_finite:
-                self._drop_non_finite({**units, UNPROTECTED: others}, [*names, UNPROTECTED], table[:, 1])
+        table = torch.stack([self._scalars(units[unit], task, references) for unit in every])
+        distributed.all_reduce(table, group=self._process_group)
+        alphas = [self.combiner(*row) for row in table[: len(names)]]
+        for unit, alpha in zip(names, alphas, strict=True):
+            for name in units[unit]:
+                if name in references:
+                    bend(task[name], references[name], alpha)
+        coefficients = torch.stack(alphas) if alphas else table.new_zeros(0)
+        scalars = torch.cat([table[: len(names)], coefficients[:, None]], dim=1)
+        self.report = ProjectionReport.of(names, scalars, self._penalties, self.penalty_scale)
+        if self.drop_non_finite:
+            parameters = {unit: [groups.parameters[name] for name in units[unit]] for unit in every}
+            self.report.dropped = drop_where_not_finite(parameters, table[:, 1])
         for name, parameter in groups.parameters.items():
             if (before := self._before[name]) is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
@@ -271,30 +276,6 @@ class ShardedGradientShield:
         zeros = [torch.zeros_like(task[name]) if name not in references else references[name] for name in names]
         return torch.stack(group_scalars([task[name] for name in names], zeros))
 
-    def _report(self, names: list[str], table: Tensor, alphas: list[Tensor]) -> None:
-        dot, squared, reference = table.unbind(dim=1)
-        self.report = ProjectionReport(
-            groups=names,
-            dot=dot,
-            task_squared_norm=squared,
-            reference_squared_norm=reference,
-            alpha=torch.stack(alphas) if alphas else table.new_zeros(0),
-            mean_term=torch.stack([penalty.mean_term for penalty in self._penalties]),
-            std_term=torch.stack([penalty.std_term for penalty in self._penalties]),
-            penalty_scale=self.penalty_scale,
-        )
-
-    def _drop_non_finite(self, units: Mapping[str, list[str]], names: list[str], squares: Tensor) -> None:
-        assert self.report is not None and self._groups is not None
-        # Without parameters outside of the groups the last name has no square of its own.
-        finite = zip(names, torch.isfinite(squares).tolist(), strict=False)
-        self.report.dropped = [name for name, is_finite in finite if not is_finite]
-        for unit in self.report.dropped:
-            for name in units[unit]:
-                self._groups.parameters[name].grad = None
-        if self.report.dropped:
-            logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
-
 
 class _Gate(torch.autograd.Function):
     """The identity on what the model returns; backward, the first thing that the task's gradient passes through."""
@@ -302,7 +283,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shield: ShardedGradientShield, tensor: Tensor) -> Tensor:
         ctx.shield = shield
-        return tensor.view_as(tensor)
+        # The Trainer scales a loss in place, which is not allowed on a view.
+        return tensor.clone() if tensor.dim() == 0 else tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:

@@ -23,7 +23,6 @@ DistributedDataParallel's own reduction: N processes with batch b do what one do
 """
 
 import contextlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -54,7 +53,7 @@ from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.kept_references import KeptReferences
 from hf_aegis.gradients.layer_entry import Phase
 from hf_aegis.gradients.pass_recorder import PassRecorder
-from hf_aegis.gradients.projector import GRANULARITIES, GradientProjector, Granularity, refuse_sparse
+from hf_aegis.gradients.projector import GradientProjector, Granularity, check_options, refuse_sparse
 from hf_aegis.gradients.recompute import SharedRecompute, refuse_reentrant
 from hf_aegis.gradients.reduction import GradientAverage, PairedReduction
 from hf_aegis.gradients.reference import ReferencePenalty, TransportPenalty
@@ -72,9 +71,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from hf_aegis.anchors import ActivationAnchor
-
-
-logger = logging.getLogger(__name__)
 
 
 class GradientShield:
@@ -188,12 +184,9 @@ class GradientShield:
     ) -> None:
         if dual_backward not in DUAL_BACKWARDS:
             raise ValueError(f"dual_backward must be one of {DUAL_BACKWARDS}, found {dual_backward!r}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, found {granularity!r}")
+        check_options(granularity, penalty_scale)
         if projection_scope not in PROJECTION_SCOPES:
             raise ValueError(f"projection_scope must be one of {PROJECTION_SCOPES}, found {projection_scope!r}")
-        if not penalty_scale > 0:
-            raise ValueError(f"penalty_scale must be positive, found {penalty_scale}")
         self._kept = KeptReferences(reference_interval)
         self._split = RowSplit(reference_share)
         if reference_share != 1 and dual_backward != "streaming":
@@ -332,7 +325,11 @@ class GradientShield:
         self.report = None
         self._backward_passes += 1
         self._refreshes = self._kept.begin()
-        self._average = GradientAverage(self._processes) if self._averages and self._processes is not None else None
+        self._average = (
+            GradientAverage(self._processes, self._groups.names)
+            if self._averages and self._processes is not None
+            else None
+        )
         self._projector = projector = GradientProjector(
             self._groups.group_of,
             self.granularity,
@@ -435,25 +432,13 @@ class GradientShield:
         self._entered_passes += len(entered)
         penalties = [r.penalty for forward in entered for r in forward.layers.values() if r.penalty is not None]
         self._recorder.forget(entered)
-        dot, task, reference, alpha = scalars.unbind(dim=1)
+        reference = scalars[:, 2]
         if self._refreshes and self._kept.references and not bool(torch.isfinite(reference).all()):
             self._kept.clear()
-        empty = torch.zeros(0)
-        self.report = ProjectionReport(
-            groups=groups,
-            dot=dot,
-            task_squared_norm=task,
-            reference_squared_norm=reference,
-            alpha=alpha,
-            mean_term=torch.stack([p.mean_term for p in penalties]) if penalties else empty,
-            std_term=torch.stack([p.std_term for p in penalties]) if penalties else empty,
-            penalty_scale=self.penalty_scale,
-        )
+        self.report = ProjectionReport.of(groups, scalars, penalties, self.penalty_scale)
         if self.drop_non_finite:
             own = self._processes if self.projection_scope == "rank" else None
             self.report.dropped = projector.drop_non_finite(partial(total_over_processes, process_group=own))
-            if self.report.dropped:
-                logger.warning("dropped the gradients of %s: not finite", ", ".join(self.report.dropped))
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 

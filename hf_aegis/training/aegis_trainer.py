@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
 from hf_aegis.anchors import ActivationAnchor, find_decoder_layers
-from hf_aegis.gradients import Certificate, GradientShield
+from hf_aegis.gradients import Certificate, GradientShield, ReplayShield, ShardedGradientShield, reshard
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.callbacks import (
     ExpertEMACallback,
@@ -28,11 +31,11 @@ from hf_aegis.training.callbacks import (
     VQACallback,
 )
 from hf_aegis.training.certificate_callback import CertificateCallback
-from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights
+from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights, refuse_other_kind
 from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_load_callback import ExpertLoadCallback
-from hf_aegis.training.expert_parameters import expert_modules, expert_parameters
+from hf_aegis.training.expert_parameters import expert_modules, expert_parameters, without_wrappers
 from hf_aegis.training.frozen_modules import freeze_modules
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
 from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
@@ -45,8 +48,10 @@ from hf_aegis.training.resources import PhaseMemory, PhaseMemoryCallback
 from hf_aegis.training.resumable import ResumableCallback
 from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import (
+    asks_for_fsdp,
     refuse_cut_gradient,
     refuse_other_layers,
+    refuse_sharding,
     refuse_speechless,
     refuse_unsupported,
 )
@@ -65,8 +70,9 @@ class AEGISTrainer(HubTrainer):
     π0 answers questions through the vision-language model inside, which it needs as its `answering_model`; it trains
     without activation checkpointing, which would cut that off.
     Gradient accumulation projects each micro-batch by itself. Several processes (`torchrun`) train as one does with a
-    batch as large as all of theirs, unless `args.projection_scope="rank"`. Training with `args.preserve="none"` and no
-    `args.penalties` is that of a plain `Trainer`.
+    batch as large as all of theirs, unless `args.projection_scope="rank"`. With `args.fsdp` they share parameters,
+    gradients and optimiser states (FSDP2), and the dual backward is the two-pass form. Training with
+    `args.preserve="none"` and no `args.penalties` is that of a plain `Trainer`.
 
     The related methods share it: `args.reference`, `args.combiner` and `args.penalties` make A-GEM, PCGrad, GradDrop,
     EWC, L2-SP, feature distillation and co-training of it. The weights that the model has when the trainer is made are
@@ -151,6 +157,8 @@ class AEGISTrainer(HubTrainer):
             replay_collator = question_collator(model, processing_class) or data_collator
         if certificate_batches is not None and anchor is None:
             raise ValueError("certificate_batches need an anchor with subspaces")
+        if certificate_batches is not None and asks_for_fsdp(args):
+            raise ValueError("certificate_batches are not supported with FSDP; measure a saved model with Certificate")
         if anchor is not None and (args.needs_anchor or certificate_batches is not None):
             anchor.check_compatible(model, layers=args.decoder_layers)
         # The first thing that changes the model, after all that may refuse it.
@@ -164,16 +172,17 @@ class AEGISTrainer(HubTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        refuse_sharding(self.accelerator.state, args)
+        if self.is_fsdp_enabled:
+            expert = expert_modules(model, args.expert_modules)
+            _choose_shards(self.model, self.accelerator.state.fsdp_plugin, expert)
         assert args.output_dir is not None
         if args.label_names is None and hasattr(model, "sample_actions"):
             self.label_names = ["actions"]
         self.anchor = anchor
-        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED and not engine:
+        if args.world_size > 1 and args.parallel_mode == ParallelMode.DISTRIBUTED:
             # What is kept is what the main process begins with, as what is trained is.
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    torch.distributed.broadcast(parameter.data, 0)
+            _take_from_main_process(self.model.parameters(), args.device)
         self._expert = expert_parameters(self.model, args.expert_modules)
         replay = None
         if args.needs_replay:
@@ -182,9 +191,15 @@ class AEGISTrainer(HubTrainer):
             replay = ReplayBatches(replay_dataset, replay_collator or self.data_collator, size, args.seed, *share)
         self._answering_model = answering_model
         self.preservation = Preservation(
-            self.model, args, anchor, replay, self._replay_loss, self._trained, answering_model
+            self.model,
+            args,
+            anchor,
+            replay,
+            self._replay_loss,
+            self._trained,
+            answering=answering_model,
+            sharded=self.is_fsdp_enabled,
         )
-        self.shield = self.preservation.shield
         if self.preservation.held is not None:
             self.add_callback(HeldSubspaceCallback(self.preservation.held, args.subspace_steps))
         if certificate_batches is not None:
@@ -193,7 +208,7 @@ class AEGISTrainer(HubTrainer):
         self._micro_batch = (-1, 0)
         self._task_means, self._evaluation_means = RunningMeans(), RunningMeans()
         self._projection: ProjectionCallback | None = None
-        if self.shield is not None:
+        if args.projects:
             self._projection = ProjectionCallback(args.output_dir)
             self.add_callback(self._projection)
         if isinstance(self.shield, GradientShield) and args.neuron_cosine_steps:
@@ -220,6 +235,11 @@ class AEGISTrainer(HubTrainer):
             evaluating = partial(self.memory.during, "evaluation")
             watched = (vqa_holdout, args.vqa_steps, args.vqa_accuracy, self.log)
             self.add_callback(VQACallback(*watched, answering=answering_model, evaluating=evaluating))
+
+    @property
+    def shield(self) -> GradientShield | ShardedGradientShield | ReplayShield | None:
+        """What combines task and reference gradients; under FSDP made when the weights have been sharded."""
+        return self.preservation.shield
 
     @property
     def non_finite_guard(self) -> NonFiniteGuard:
@@ -251,7 +271,8 @@ class AEGISTrainer(HubTrainer):
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
             # The transport reference has a term for each layer that the task's gradient came through.
-            no_layer = isinstance(self.shield, GradientShield) and report is not None and not report.mean_term.numel()
+            transports = isinstance(self.shield, GradientShield | ShardedGradientShield)
+            no_layer = transports and report is not None and not report.mean_term.numel()
             if report is None or not report.groups or no_layer:
                 raise RuntimeError(
                     "the task's gradient reached no decoder layer, so there is nothing to project: do the layers "
@@ -310,7 +331,8 @@ class AEGISTrainer(HubTrainer):
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """All that trains but the action expert, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self._expert}
+        named = ((without_wrappers(name), p) for name, p in self.model.named_parameters())
+        return {n: p for n, p in named if p.requires_grad and n not in self._expert}
 
     def _certificate(self, batches: Iterable[Mapping[str, Any]]) -> Certificate:
         assert self.anchor is not None
@@ -378,6 +400,7 @@ class AEGISTrainer(HubTrainer):
             resume_from_checkpoint = str(download_checkpoint(resume_from_checkpoint, folder, token))
         output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.ema is not None:
+            reshard(self.model)
             self.ema.copy_to_model()
         return output
 
@@ -388,6 +411,24 @@ class AEGISTrainer(HubTrainer):
         self.preservation.means.clear()
         with advising(self):
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._follow_shards()
+        return prepared
+
+    def _follow_shards(self) -> None:
+        """Goes on with the parameters that FSDP2 has made of the model's."""
+        if not self.is_fsdp_enabled:
+            return
+        reshard(self.model)
+        self._expert = expert_parameters(self.model, self.args.expert_modules)
+        self.preservation.follow_shards(self.model)
+        if self.ema is not None:
+            self.ema.follow(self._expert)
+        if hasattr(self.model, "sample_actions"):
+            # As the Trainer does for `generate`: weights are gathered where not `forward` itself is called.
+            register_fsdp_forward_method(self.model, "sample_actions")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
@@ -410,9 +451,12 @@ class AEGISTrainer(HubTrainer):
     def _evaluating(self) -> Any:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         averaged = self.ema.swapped_in() if self.ema is not None else contextlib.nullcontext()
+        # What is swapped are shards: before and afterwards no whole weights may be left over.
+        reshard(self.model)
         with torch.random.fork_rng(devices), self.memory.during("evaluation"), averaged:
             torch.manual_seed(self.args.seed)
             yield
+            reshard(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds flow error, penalties, the projection's means and the dropped steps to what the training loop logs."""
@@ -429,21 +473,30 @@ class AEGISTrainer(HubTrainer):
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled:
+            # Without a second copy of the weights, in a pickle.
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save and self.lr_scheduler is not None:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if self._projection is not None:
             self._projection.flush()
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(output_dir)
+        if self.ema is not None and (self.args.should_save or self.is_fsdp_enabled):
+            self.ema.save(output_dir, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, PreTrainedModel) and model is None:
+        refuse_other_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
+        self._follow_shards()
+        if isinstance(self.model, PreTrainedModel) and (model is None or self.is_fsdp_enabled):
             load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         checkpoint = str(self.state.best_model_checkpoint)
-        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(self.model, PreTrainedModel):
             load_weights(self.model, checkpoint)
         else:
             super()._load_best_model()
@@ -463,6 +516,30 @@ class AEGISTrainer(HubTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None and os.path.isdir(checkpoint):
             self.ema.load(checkpoint)
+
+
+def _choose_shards(model: nn.Module, plugin: Any, expert: Iterable[str]) -> None:
+    """
+    Names the classes of modules that FSDP gathers one at a time, where the user has not. accelerate would take all
+    `_no_split_modules`: PaliGemma lacks some of them, and an action expert's layers do part of their work outside of
+    their own forward pass, so that it is gathered with what is left over.
+    """
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        apart = {type(module).__name__ for path in expert for module in model.get_submodule(path).modules()}
+        named = set(getattr(model, "_no_split_modules", None) or ())
+        plugin.transformer_cls_names_to_wrap = sorted((present & named) - apart)
+
+
+@torch.no_grad()
+def _take_from_main_process(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        # Under FSDP they are not on the device yet, where processes can talk to each other.
+        mine = parameter.data
+        whole = mine.to(device)
+        torch.distributed.broadcast(whole, 0)
+        if whole is not mine:
+            mine.copy_(whole)
 
 
 def _because(args: AEGISConfig, name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_aegis.gradients import ProjectionReport
+from hf_aegis.gradients import ProjectionReport, as_whole
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
 from hf_aegis.training.resumable import ResumableCallback
@@ -260,7 +260,8 @@ class NonFiniteGuard(ResumableCallback):
         if args.fp16:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+        # Of gradients that are spread over processes the whole norm: all of them drop a step, or none does.
+        if not gradients or not math.isfinite(float(as_whole(torch.nn.utils.get_total_norm(gradients)))):
             self.skipped_steps += 1
             for parameter in model.parameters():
                 parameter.grad = None

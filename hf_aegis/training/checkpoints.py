@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -34,9 +37,29 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
+def refuse_other_kind(checkpoint: str | os.PathLike, sharded: bool) -> None:
+    """
+    Args:
+        checkpoint (`str` or `os.PathLike`): What is to be resumed.
+        sharded (`bool`): Whether the training is sharded by FSDP.
+
+    Raises:
+        ValueError: If the training that saved `checkpoint` was not. The Trainer would pass over its optimiser.
+    """
+    other = Path(checkpoint) / (OPTIMIZER_NAME if sharded else OPTIMIZER_NAME_BIN)
+    if other.is_file():
+        now, then = ("with", "without") if sharded else ("without", "with")
+        raise ValueError(
+            f"{checkpoint} was saved {then} FSDP ({other.name}), and is resumed {now} it: the number of processes may "
+            f"change, but not the form of the optimiser's state. Resume {then} FSDP, or begin a new training with "
+            "these weights (from_pretrained)"
+        )
+
+
 def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
     """
-    Loads the weights of `checkpoint` into `model`, as `from_pretrained` reads them.
+    Loads the weights of `checkpoint` into `model`, as `from_pretrained` reads them. Where FSDP2 has sharded them, all
+    processes have to call it, and the first reads.
 
     transformers renames the weights of PaliGemma and of π0 between memory and disk. The Trainer's own loading does
     not, and passes over names that differ: a resumed run would go on with the pre-trained language model.
@@ -44,6 +67,16 @@ def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
     Raises:
         ValueError: If the checkpoint lacks a weight of the model, or holds others.
     """
+    if not isinstance(model, FSDPModule):
+        model.load_state_dict(_read_weights(model, checkpoint))
+        return
+    weights = _read_weights(model, checkpoint) if distributed.get_rank() == 0 else {}
+    several = distributed.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    set_model_state_dict(model, weights, options=options)
+
+
+def _read_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> dict[str, Any]:
     # Wide enough for every parameter, so that none is rounded on its way.
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
     with torch.random.fork_rng([]):
@@ -54,4 +87,4 @@ def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
     for kind in ("missing_keys", "unexpected_keys"):
         if info[kind]:
             raise ValueError(f"{checkpoint} does not fit {type(model).__name__}: {kind} {sorted(info[kind])[:3]}")
-    model.load_state_dict(loaded.state_dict())
+    return loaded.state_dict()

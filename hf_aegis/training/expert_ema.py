@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_aegis.atomic_files import replacing
+from hf_aegis.gradients import gathered, local_part, own_part
 
 
 EMA_FILE = "expert_ema.safetensors"
@@ -21,6 +22,8 @@ class ExpertEMA:
     Keeps a float32 moving average of parameters, `average += (1 - decay) (parameter - average)`.
 
     The decay is warmed up as `min(decay, (1 + step) / (10 + step))`, lest a short run's average be its random start.
+
+    Where parameters are spread over processes (FSDP2), each process averages its own part of them.
 
     Args:
         parameters (`Mapping[str, torch.nn.Parameter]`): What is averaged, by name.
@@ -36,7 +39,17 @@ class ExpertEMA:
         self.parameters = dict(parameters)
         self.decay = decay
         self.step = 0
-        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.average = {name: local_part(p.detach()).float().clone() for name, p in self.parameters.items()}
+
+    def follow(self, parameters: Mapping[str, Parameter]) -> None:
+        """
+        Goes on with other objects in place of the parameters, by the same names: those that FSDP2 has made of them,
+        of whose average this process keeps its own part.
+        """
+        for name in self.parameters:
+            if parameters[name] is not self.parameters[name]:
+                self.average[name] = own_part(self.average[name], parameters[name])
+                self.parameters[name] = parameters[name]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,30 +57,40 @@ class ExpertEMA:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         self.step += 1
         averages = list(self.average.values())
-        current = [p.detach().to(a.device, a.dtype) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        parts = [local_part(p.detach()) for p in self.parameters.values()]
+        current = [p.to(a.device, a.dtype) for p, a in zip(parts, averages, strict=True)]
         torch._foreach_lerp_(averages, current, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Puts the average into the parameters."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.average[name])
+            local_part(parameter.detach()).copy_(self.average[name])
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model with averaged weights for the time of a `with` block."""
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        trained = {name: local_part(p.detach()).clone() for name, p in self.parameters.items()}
         self.copy_to_model()
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    parameter.copy_(trained[name])
+                    local_part(parameter.detach()).copy_(trained[name])
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes `expert_ema.safetensors` into `folder`, atomically."""
-        tensors: dict[str, Tensor] = {name: a.contiguous() for name, a in self.average.items()}
+    def save(self, folder: str | os.PathLike, writes: bool = True) -> None:
+        """
+        Writes `expert_ema.safetensors` into `folder`, atomically. Of processes that parameters are spread over all
+        have to call it, and one `writes`.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, average in self.average.items():
+            whole = gathered(average, self.parameters[name])
+            if writes:
+                tensors[name] = whole.contiguous().cpu()
+        if not writes:
+            return
         with replacing(Path(folder) / EMA_FILE) as staged:
             save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step)})
 
@@ -84,13 +107,13 @@ class ExpertEMA:
         if not path.is_file():
             raise ValueError(f"{path} is missing: the checkpoint was saved without an expert average")
         stored = load_file(path)
-        for name, average in self.average.items():
-            if name not in stored or stored[name].shape != average.shape:
+        for name, parameter in self.parameters.items():
+            if name not in stored or stored[name].shape != parameter.shape:
                 found = tuple(stored[name].shape) if name in stored else "nothing"
-                raise ValueError(f"{path}: expected {name} of shape {tuple(average.shape)}, found {found}")
+                raise ValueError(f"{path}: expected {name} of shape {tuple(parameter.shape)}, found {found}")
         if more := sorted(stored.keys() - self.average.keys()):
             raise ValueError(f"{path} averages {more[0]!r}, which is not among the expert's trainable parameters")
         for name, average in self.average.items():
-            average.copy_(stored[name])
+            average.copy_(own_part(stored[name], self.parameters[name]))
         with safe_open(path, framework="pt") as file:
             self.step = int(file.metadata()["step"])

@@ -6,6 +6,11 @@ from torch import nn
 from torch.nn import Parameter
 
 
+def without_wrappers(name: str) -> str:
+    """A module's or parameter's name without what FSDP's own activation checkpointing puts in between."""
+    return name.replace("._checkpoint_wrapped_module", "")
+
+
 def expert_modules(model: nn.Module, paths: Iterable[str] | None = None) -> list[str]:
     """
     Dotted paths of the modules that make up the action expert of `model`.
@@ -21,7 +26,7 @@ def expert_modules(model: nn.Module, paths: Iterable[str] | None = None) -> list
     Raises:
         ValueError: If the model has no module of a given path.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = {without_wrappers(name) for name, _ in model.named_modules()}
     if paths is not None:
         paths = list(paths)
         if missing := [path for path in paths if path not in names]:
@@ -38,6 +43,7 @@ def expert_modules(model: nn.Module, paths: Iterable[str] | None = None) -> list
 
 
 def expert_parameters(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str, Parameter]:
-    """Trainable parameters of the action expert by name; see [`expert_modules`]."""
+    """Trainable parameters of the action expert by name, without wrappers; see [`expert_modules`]."""
     prefixes = tuple(f"{path}." for path in expert_modules(model, paths))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and name.startswith(prefixes)}
+    named = ((without_wrappers(name), p) for name, p in model.named_parameters())
+    return {name: p for name, p in named if p.requires_grad and name.startswith(prefixes)}

@@ -18,6 +18,7 @@ from hf_aegis.gradients import (
     HeldSubspace,
     QuadraticPenalty,
     ReplayShield,
+    ShardedGradientShield,
     TransportLoss,
     UpdateProjection,
     average_over_processes,
@@ -51,10 +52,13 @@ class Preservation:
         answering (`torch.nn.Module`, *optional*):
             What replayed batches and the anchor's subspaces are of, where that is not the model itself: one that
             shares its decoder layers.
+        sharded (`bool`, *optional*, defaults to `False`):
+            Whether FSDP2 will spread the weights over processes: [`Preservation.follow_shards`] makes the shield then.
 
     Attributes:
         held ([`HeldSubspace`], *optional*): What restores the subspaces after each optimiser step.
-        shield ([`GradientShield`] or [`ReplayShield`], *optional*): What combines task and reference gradients.
+        shield ([`GradientShield`], [`ShardedGradientShield`] or [`ReplayShield`], *optional*):
+            What combines task and reference gradients.
         weights (`dict[str, torch.nn.Parameter]`): What `kept` gave.
         replay ([`ReplayBatches`], *optional*): What was given.
         means ([`RunningMeans`]): Of the added losses, unweighted, as `<name>_loss`.
@@ -69,6 +73,7 @@ class Preservation:
         replay_loss: Callable[[Any], Tensor],
         kept: Callable[[], Mapping[str, Parameter]],
         answering: nn.Module | None = None,
+        sharded: bool = False,
     ) -> None:
         penalties = args.penalties or {}
         self._answering = model if answering is None else answering
@@ -94,9 +99,29 @@ class Preservation:
             self._weight_penalties["ewc"] = QuadraticPenalty(
                 weights, penalties["ewc"], self._fisher(model, args, weights)
             )
-        self.shield = self._make_shield(model, args, anchor)
+        self.shield: GradientShield | ShardedGradientShield | ReplayShield | None = None
+        if not sharded:
+            self.shield = self._make_shield(model, args, anchor)
         self._args = args
+        self._anchor = anchor
+        self._kept = kept
         self._optimizer: Optimizer | None = None
+
+    def follow_shards(self, model: nn.Module) -> None:
+        """Goes on with a model whose weights FSDP2 has spread over processes; held subspaces find them themselves."""
+        self.weights = dict(self._kept())
+        if self._args.projects and self.shield is None:
+            assert self._anchor is not None
+            self.shield = ShardedGradientShield(
+                model,
+                self._anchor,
+                granularity=self._args.granularity,  # type: ignore[arg-type]
+                penalty_scale=self._args.penalty_scale,
+                projection_eps=self._args.projection_eps,
+                restoring=self._args.restoring,
+                layers=self._args.decoder_layers,
+                drop_non_finite=False,
+            )
 
     @contextlib.contextmanager
     def micro_batch(self, number: int, share: float, wrapper: nn.Module | None = None) -> Iterator[None]:
@@ -104,7 +129,10 @@ class Preservation:
         Around forward and backward pass of micro-batch `number`, counted over the whole training, which makes up
         `share` of its optimiser step. `wrapper` is what the forward pass goes through, where it is not the model.
         """
-        if self.shield is not None and wrapper is not None:
+        if isinstance(self.shield, ShardedGradientShield):
+            # Accumulated or not: what is projected is the gradient of all processes.
+            self.shield.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        elif self.shield is not None and wrapper is not None:
             self.shield.wrapper = wrapper
         self._number, self._share = number, share
         if isinstance(self.shield, ReplayShield):

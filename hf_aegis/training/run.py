@@ -40,6 +40,7 @@ from hf_aegis.training.run_recipe import RECIPE_FILE, RunRecipe
 from hf_aegis.training.run_scores import action_errors, certified_deviations, projection_means, question_scores
 from hf_aegis.training.run_upload import push_run
 from hf_aegis.training.settling import settle_expert
+from hf_aegis.training.unsupported import refuse_after_sharding
 from hf_aegis.training.weight_interpolation import WeightPath
 
 
@@ -108,6 +109,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     run.check()
     if run.gse is not None and args.holds_subspaces:
         raise ValueError(f'preserve="{args.preserve}" holds LoRA\'s adapters alone: it cannot be combined with gse')
+    refuse_after_sharding(run, args)
     recipe = RunRecipe.of(run, args)
     if (finished := _finished(folder, recipe)) is not None:
         return finished

@@ -1,38 +1,42 @@
 """Ways of training in which what keeps the knowledge, or the training itself, would silently not be right."""
 
+import os
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PI0ForConditionalGeneration
+from transformers import PI0ForConditionalGeneration, PreTrainedModel
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_aegis.anchors.decoder_layers import find_decoder_layers, unwrap_model
 from hf_aegis.training.aegis_config import AEGISConfig
+from hf_aegis.training.run_arguments import RunArguments
 
 
 def refuse_unsupported(model: nn.Module, args: AEGISConfig) -> None:
     """
     Raises:
-        ValueError: If what keeps the knowledge would not be right with the way of training that is asked for.
+        ValueError: If the training, or what keeps the knowledge in it, would not be right with what is asked for.
     """
-    if args.projects or args.penalties:
-        what = f"preserve={args.preserve!r}" if args.projects else f"penalties={args.penalties}"
-    elif args.holds_subspaces:
-        what = f"preserve={args.preserve!r}"
-    else:
-        return
-    sharded = {
-        "DeepSpeed, which takes gradients over inside its backward pass; train with torchrun alone "
-        "(DistributedDataParallel), or see FSDP": args.deepspeed is not None,
-        "FSDP in the Trainer; shard the model with torch's fully_shard and train it in a loop of your own, with "
-        "ShardedGradientShield or HeldSubspace": bool(args.fsdp),
+    what = f"penalties={args.penalties}" if args.penalties and not args.projects else f"preserve={args.preserve!r}"
+    reasons = {
+        "DeepSpeed, which takes gradients over inside its backward pass, before the Trainer can look at them; use "
+        "fsdp=True, which shards parameters, gradients and optimiser, or torchrun alone (DistributedDataParallel)": (
+            args.deepspeed is not None or getattr(args, "deepspeed_plugin", None) is not None
+        ),
+        "a model that was sharded when it was loaded; load it whole and use fsdp=True": any(
+            isinstance(p, DTensor) for p in model.parameters()
+        ),
     }
     if args.reference_share != 1:
         _refuse_what_splits_no_batch(model, args)
+    if asks_for_fsdp(args):
+        reasons |= _under_fsdp(model, args)
     # Held subspaces need nothing but the weights after each step.
-    reasons = sharded | (_in_backward(model, args) if args.projects or args.penalties else {})
+    if args.projects or args.penalties:
+        reasons |= _in_backward(model, args)
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"{what} is not supported with {reason}")
@@ -55,6 +59,104 @@ def _refuse_what_splits_no_batch(model: nn.Module, args: AEGISConfig) -> None:
             raise ValueError(f"reference_share={args.reference_share} is not supported with {reason}")
 
 
+def refuse_sharding(state: Any, args: AEGISConfig) -> None:
+    """
+    Args:
+        state ([`~accelerate.state.AcceleratorState`]): What accelerate made of the arguments and the environment.
+        args ([`AEGISConfig`]): The arguments.
+
+    Raises:
+        ValueError: If accelerate will not shard though it was asked to, or in a way that is not supported.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        if args.fsdp:
+            raise ValueError(
+                f"fsdp={args.fsdp!r}, but accelerate shards over accelerators alone, and this process is on "
+                f"{args.device}: each process would train the whole model. Leave fsdp out for DistributedDataParallel"
+            )
+        return
+    dtype = plugin.state_dict_type.name
+    reasons = {
+        f"version {plugin.fsdp_version}, which flattens the parameters; use version 2": plugin.fsdp_version != 2,
+        f"state_dict_type={dtype}, whose checkpoints hold no weights that from_pretrained reads; use "
+        "FULL_STATE_DICT": dtype != "FULL_STATE_DICT",
+        "cpu_offload, which is not tested here": type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+        "cpu_ram_efficient_loading, with which what is to be kept would be read from weights that are not there yet": (
+            plugin.cpu_ram_efficient_loading
+        ),
+        "activation_checkpointing_offload, which is not tested here; use activation_checkpointing": (
+            plugin.activation_checkpointing_offload
+        ),
+        "ignored_modules, whose gradients no process would reduce": bool(plugin.ignored_modules),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"FSDP is not supported with {reason}")
+
+
+def refuse_after_sharding(run: RunArguments, args: AEGISConfig) -> None:
+    """
+    Raises:
+        ValueError: If a run under FSDP asks for what is done to whole weights, before or after the training.
+    """
+    names = ("lora", "gse", "weight_interpolation", "keep_within", "settling_steps", "analysis_samples")
+    for name in names:
+        if asks_for_fsdp(args) and (value := getattr(run, name)):
+            raise ValueError(
+                f"{name}={value!r} needs whole weights, and is not supported with FSDP; run torchrun without fsdp "
+                "(DistributedDataParallel)"
+            )
+
+
+def asks_for_fsdp(args: AEGISConfig) -> bool:
+    """Whether the arguments, or `accelerate launch`, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _under_fsdp(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
+    """What goes with DistributedDataParallel but not with sharded weights, and whether it is asked for."""
+    optimizer = OptimizerNames(args.optim).value
+    ddp = "use DistributedDataParallel (torchrun without fsdp)"
+    return {
+        f"FSDP and reference={args.reference!r}, whose gradients pass FSDP's reduction by; {ddp}": (
+            args.projects and args.reference != "transport"
+        ),
+        f"FSDP and penalties={args.penalties}, which hold on to weights that FSDP replaces; {ddp}": (
+            bool(args.penalties)
+        ),
+        f"FSDP and projection_target={args.projection_target!r}, projection_metric={args.projection_metric!r}; only "
+        f"gradients are projected there, in the Euclidean metric, or {ddp}": (
+            args.projection_target != "gradient" or args.projection_metric != "euclidean"
+        ),
+        'FSDP and projection_scope="rank", as FSDP gives no process a gradient of its own; use "global"': (
+            args.projection_scope != "global"
+        ),
+        f"FSDP and reference_interval={args.reference_interval}, reference_share={args.reference_share}, which are of "
+        f"the streaming form; there the reference is whole and of each step, or {ddp}": (
+            args.projects and (args.reference_interval, args.reference_share) != (1, 1.0)
+        ),
+        f"FSDP and neuron_cosine_steps, as no process has all of a neuron's weights; {ddp}": (
+            args.neuron_cosine_steps > 0
+        ),
+        f"FSDP and PEFT adapters, which need too little memory for it; {ddp}": isinstance(model, PeftModel),
+        f"FSDP and a {type(model).__name__}, which is no PreTrainedModel whose checkpoints could be read back": (
+            not isinstance(model, PreTrainedModel | PeftModel)
+        ),
+        f"FSDP and the optimiser {optimizer}, whose 8-bit states do not know sharded weights; use adamw_torch": any(
+            name in optimizer for name in ("8bit", "bnb", "4bit")
+        ),
+        f"FSDP and π0, whose expert reads each layer's keys and values past FSDP's hooks; {ddp}": isinstance(
+            unwrap_model(model), PI0ForConditionalGeneration
+        ),
+        "FSDP and torch.compile": args.torch_compile,
+        "FSDP and auto_find_batch_size, which would shard the model again": args.auto_find_batch_size,
+        "FSDP and a parallelism_config; weights are sharded over one dimension, that of all processes": (
+            args.parallelism_config is not None
+        ),
+    }
+
+
 def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
     """Ways of training with which gradients and losses cannot be taken hold of, and whether they are asked for."""
     optimizer = OptimizerNames(args.optim).value
@@ -71,11 +173,13 @@ def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
         ),
         "tensor, context or sequence parallelism, whose processes do not each have samples of their own": any(
             size > 1 for size in sizes
-        )
-        or any(isinstance(p, DTensor) for p in model.parameters()),
+        ),
         "DataParallel over several GPUs of one process; make one visible": args.parallel_mode
         == ParallelMode.NOT_DISTRIBUTED,
         "torch.compile": args.torch_compile,
+        "ddp_static_graph, with which DistributedDataParallel would reduce the gradients itself": bool(
+            args.ddp_static_graph
+        ),
         f"the optimiser {optimizer}, which steps inside the backward pass": stepping_inside,
         "float16, in which the penalty's gradient would vanish; use bfloat16": narrow,
     }

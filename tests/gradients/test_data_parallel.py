@@ -31,7 +31,7 @@ from hf_aegis.gradients import (
 
 
 def test_two_processes_equal_one(run_processes):
-    run_processes(__file__)
+    run_processes(__file__, timeout=900)
 
 
 # -- in each of the two processes -------------------------------------------------------------------------------------
@@ -155,6 +155,9 @@ def check_fsdp(rank, alone):
             shield = GradientShield(case.model, case.anchor, process_group=alone, granularity=granularity)
             expected, expected_reports = accumulate(case, case.model, [(b, b) for b in whole], shield)
             shield = ShardedGradientShield(sharded, case.anchor, granularity=granularity)
+            sharded.zero_grad()
+            with torch.no_grad():
+                sharded(**share(whole[1], rank))  # leaves FSDP with whole weights of the outermost modules
             found, reports = accumulate(case, sharded, [(share(b, rank), b) for b in whole], shield)
             compare(found, expected, reports, expected_reports, dtype)
 
@@ -276,6 +279,12 @@ def check_refusals(rank, alone):
     with pytest.raises(RuntimeError, match="backward passes use different parameters"), shield:
         task_loss(ddp, case, batch, whole).backward()
     assert all(p.grad is None for p in ddp.parameters())
+    each = GradientShield(ddp, case.anchor, projection_scope="rank")
+    with pytest.raises(RuntimeError, match="backward passes use different parameters"), each:
+        task_loss(ddp, case, batch, whole).backward()
+    static = DistributedDataParallel(case.model, static_graph=True)
+    with pytest.raises(ValueError, match=r"leave static_graph out"), GradientShield(static, case.anchor):
+        pass
     with pytest.raises(ValueError, match="itself has not been given to fully_shard"):
         ShardedGradientShield(case.model, case.anchor)
     sharded = shard(case.model)

@@ -404,9 +404,12 @@ def test_wrong_arguments_are_refused(make_language_model, make_anchor, make_args
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("deepspeed", {"zero_optimization": {"stage": 2}}, "DeepSpeed, which takes gradients over.*torchrun"),
-        ("fsdp", "full_shard", "FSDP in the Trainer; .*ShardedGradientShield"),
+        ("deepspeed", {"zero_optimization": {"stage": 1}}, "DeepSpeed, which takes gradients over.*use fsdp=True"),
+        ("deepspeed", {"zero_optimization": {"stage": 3}}, "DeepSpeed, which takes gradients over.*use fsdp=True"),
+        # As `accelerate launch` asks for it.
+        ("deepspeed_plugin", SimpleNamespace(zero_stage=2), "DeepSpeed, which takes gradients over.*torchrun alone"),
         ("parallelism_config", SimpleNamespace(tp_size=2), "tensor, context or sequence parallelism"),
+        ("ddp_static_graph", True, "ddp_static_graph"),
     ],
 )
 def test_engines_that_would_not_be_right_are_refused(

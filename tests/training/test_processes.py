@@ -1,5 +1,9 @@
-"""The trainer in two processes, against one with batches twice as large; run as a script, this file is one of two."""
+"""
+The trainer in two processes, under DDP and under FSDP2, against one with batches twice as large; run as a script, this
+file is one of the two.
+"""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,15 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from hf_aegis.anchors import ActivationAnchor
+from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.training.expert_parameters import without_wrappers
 from hf_aegis.training.replay_batches import ReplayBatches
+from hf_aegis.training.settling import settle_expert
+from hf_aegis.training.weight_interpolation import WeightPath
 
 
 VOCABULARY, STEPS = 61, 3
+# In place of an action expert, of which the others have none.
+EXPERT = ["model.layers.1.mlp"]
 # How knowledge is kept, and what else is asked for.
 RUNS = {
     "streaming": {"neuron_cosine_steps": 1},
@@ -28,14 +41,41 @@ RUNS = {
         "gradient_accumulation_steps": 2,
     },
     "replayed_transport": {"reference": "replayed_transport", "granularity": "tensor"},
+    "settled": {"expert_modules": EXPERT},
 }
 RESUMED = "streaming"
+SHARDED_RUNS = {
+    "sharded": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+    "sharded_checkpointed": {
+        "fsdp_config": {"activation_checkpointing": True},
+        "granularity": "global",
+        "expert_modules": EXPERT,
+    },
+    "sharded_both": {
+        "preserve": "both",
+        "subspace_energy": 0.9,
+        "activation_checkpointing": True,
+        "expert_modules": EXPERT,
+        "expert_ema_decay": 0.5,
+    },
+    "sharded_pairs": {"preserve": "subspace", "subspace_sensitivity": 0.9, "gradient_accumulation_steps": 2},
+}
+# FSDP computes all of it in bfloat16, one process what autocast says: about the same.
+ROUNDED = {"sharded_bf16": {"bf16": True}}
+RESUMED_SHARDED = "sharded_both"
 
 
-def test_two_processes_equal_one(tmp_path, run_processes):
-    alone = {name: train(tmp_path / "one" / name, 4, **RUNS[name]) for name in RUNS}
-    run_processes(__file__, tmp_path)
-    for name in RUNS:
+def test_two_processes_equal_one(tmp_path, run_processes, one_sharded_process):
+    every = RUNS | SHARDED_RUNS | ROUNDED
+    alone = {name: train(tmp_path / "one" / name, 4, **every[name]) for name in every}
+    with one_sharded_process():
+        compare(train(tmp_path / "first", 4, fsdp=True, **every[RESUMED_SHARDED]), alone[RESUMED_SHARDED])
+    run_processes(__file__, tmp_path, timeout=600)
+    for name in ROUNDED:
+        found, expected = (last_log(tmp_path / processes / name) for processes in ("two", "one"))
+        for key in ("loss", "grad_norm", "vlm_grad_norm", "penalty_mean_term", "penalty_std_term"):
+            assert found[key] == pytest.approx(expected[key], rel=0.05), key
+    for name in RUNS | SHARDED_RUNS:
         compare(load_file(tmp_path / "two" / name / "weights.safetensors"), alone[name])
         found, expected = (last_log(tmp_path / processes / name) for processes in ("two", "one"))
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -43,6 +83,36 @@ def test_two_processes_equal_one(tmp_path, run_processes):
     compare(load_file(tmp_path / "two" / "resumed" / "weights.safetensors"), alone[RESUMED])
     first = str(tmp_path / "two" / RESUMED / "checkpoint-2")
     compare(train(tmp_path / "one" / "resumed", 4, resume=first, **RUNS[RESUMED]), alone[RESUMED])
+    compare(load_file(tmp_path / "two" / "resumed_sharded" / "weights.safetensors"), alone[RESUMED_SHARDED])
+    first = str(tmp_path / "two" / RESUMED_SHARDED / "checkpoint-2")
+    again = {"resume": first, **every[RESUMED_SHARDED]}
+    # No second copy of the weights, and none in a pickle.
+    assert not [path.name for path in Path(first).iterdir() if "fsdp" in path.name]
+    with one_sharded_process():
+        compare(train(tmp_path / "one" / "resumed_sharded", 4, fsdp=True, **again), alone[RESUMED_SHARDED])
+    with pytest.raises(ValueError, match=r"was saved with FSDP .*and is resumed without it"):
+        train(tmp_path / "one" / "resumed_whole", 4, **again)
+
+
+@pytest.fixture
+def one_sharded_process(monkeypatch, unused_port):
+    """A block in which this process is the only one of a training under FSDP."""
+
+    @contextlib.contextmanager
+    def alone():
+        with monkeypatch.context() as patch:
+            here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            for name, value in (here | {"MASTER_PORT": str(unused_port()), "GLOO_SOCKET_IFNAME": "lo"}).items():
+                patch.setenv(name, value)
+            # What accelerate sets for good.
+            patch.setenv("ACCELERATE_USE_FSDP", "false")
+            try:
+                yield
+            finally:
+                torch.distributed.destroy_process_group()
+                AcceleratorState._reset_state(reset_partial_state=True)
+
+    return alone
 
 
 def test_replayed_batches_are_spread_over_processes():
@@ -98,8 +168,11 @@ def sequences(size, seed):
 
 
 def train(folder, batch_size, resume=None, **changes):
-    """Three steps of a batch that all processes share; the weights afterwards."""
+    """Three steps of a batch that all processes share; the whole weights afterwards."""
     model = make_model()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if not changes.get("fsdp"):
+        changes.pop("fsdp_config", None)
     others = sequences(8, seed=7)
     for row in others:
         # One length: a replayed batch's loss is the mean of its processes' means.
@@ -113,7 +186,7 @@ def train(folder, batch_size, resume=None, **changes):
         learning_rate=1e-2,
         warmup_steps=0,
         logging_steps=1,
-        save_strategy="steps" if folder.name == RESUMED else "no",
+        save_strategy="steps" if folder.name in (RESUMED, RESUMED_SHARDED, "first") else "no",
         save_steps=2,
         report_to="none",
         disable_tqdm=True,
@@ -123,24 +196,68 @@ def train(folder, batch_size, resume=None, **changes):
         seed=3,
         **changes,
     )
+    if args.fsdp:
+        # accelerate shards over accelerators alone; all but what kind of device it is, is what it does there.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    options = SubspaceOptions(energy=1.0, sensitivity=True) if args.holds_subspaces else None
     trainer = AEGISTrainer(
         model,
         args,
-        anchor=ActivationAnchor.collect(model, [batch], progress=False),
+        anchor=ActivationAnchor.collect(model, [batch], subspaces=options, progress=False),
         train_dataset=sequences(24, seed=0),
         replay_dataset=others if args.needs_replay else None,
     )
     trainer.train(resume_from_checkpoint=resume)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    if folder.name == "settled":
+        go_back(trainer, start, batch)
+    if trainer.preservation.held is not None:
+        assert max(trainer.preservation.held.deviation().values()) < 1e-5
+    spread = [isinstance(p, DTensor) for p in trainer.model.parameters()]
+    assert all(spread) if args.fsdp else not any(spread)
+    assert not args.fsdp or all(isinstance(layer, FSDPModule) for layer in inner_layers(model))
+    return {without_wrappers(name): whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def go_back(trainer, start, batch):
+    """Towards the weights of the start, as far as a loss allows, and some steps more of what makes up the expert."""
+    path = WeightPath(trainer.preservation.weights, start)
+    with torch.no_grad():
+        before = make_model()(**batch).logits
+
+    @torch.no_grad()
+    def loss():
+        return 1 + float((trainer.model(**batch).logits - before).square().mean())
+
+    shares = [None] * trainer.args.world_size
+    share = path.keep_within(loss, 0.02)
+    assert 0 < share < 1
+    if trainer.args.world_size > 1:
+        torch.distributed.all_gather_object(shares, share)
+        assert shares == [share] * len(shares)
+    settle_expert(trainer, 2)
+
+
+def inner_layers(model):
+    return [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in model.model.layers]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     warnings.simplefilter("error")
-    for name in (*RUNS, "resumed"):
+    resumed = {
+        "resumed": {"resume": str(folder / "one" / RESUMED / "checkpoint-2"), **RUNS[RESUMED]},
+        "resumed_sharded": {"resume": str(folder / "first" / "checkpoint-2"), **SHARDED_RUNS[RESUMED_SHARDED]},
+    }
+    # accelerate does not leave FSDP again.
+    for name, options in sorted(
+        (RUNS | SHARDED_RUNS | ROUNDED | resumed).items(), key=lambda item: "sharded" in item[0]
+    ):
         target = folder / "two" / name
-        first = str(folder / "one" / RESUMED / "checkpoint-2") if name == "resumed" else None
-        weights = train(target, 2, resume=first, **RUNS[RESUMED if name == "resumed" else name])
+        weights = train(target, 2, fsdp="sharded" in name, **options)
         everyone = [None, None]
         torch.distributed.all_gather_object(everyone, weights)
         for key in weights:

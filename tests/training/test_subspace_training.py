@@ -235,7 +235,6 @@ def test_an_anchor_is_needed_and_has_to_have_subspaces(make_language_model, make
         ({"preserve": "projection", "subspace_energy": 0.9}, "subspace_energy=0.9 has no effect with"),
         ({"preserve": "none", "freeze_unheld": False}, "freeze_unheld=False has no effect with"),
         ({"granularity": "global"}, "granularity='global' has no effect with"),
-        ({"fsdp": "full_shard"}, "not supported with FSDP"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(trainer, changes, message):
