@@ -107,7 +107,7 @@ def test_the_table_has_a_column_per_condition():
     rows = demo.format_table(summary).splitlines()
     assert rows[0].split() == ["pretrained", "naive", "aegis"]
     cells = {row[:32].strip(): row[32:].split() for row in rows[1:]}
-    assert cells["VQA cross-entropy (nats/token)"] == ["0.013", "3.457", "0.020"]
+    assert cells["VQA cross-entropy (nats/token)"] == ["0.0126", "3.4567", "0.0200"]
     assert cells["VQA accuracy (%)"] == ["99.7", "10.0", "99.0"]
     assert cells["held-out flow MSE"] == ["–", "0.0432", "–"]
     assert cells["step time (ms, median)"] == ["–", "150", "–"]
