@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     alone = arguments.json is not None and str(arguments.json) == "-"
     plans = []
     for name, recipe in recipes.items():
-        plans.append(_plan(name, _workload(recipe, arguments), arguments))
+        workload = _workload(recipe, arguments)
+        size = workload.args.per_device_train_batch_size
+        # Far enough that the larger batches are not read off the cost of the first few samples.
+        others = () if is_comparison else {1, 4 * size} - {size}
+        plans.append(_plan(name, workload, arguments, others))
         if not alone and not is_comparison:
             print(itemised(plans[-1], capacities))
         elif is_comparison:
@@ -126,21 +131,25 @@ def _workload(recipe: dict[str, Any], arguments: argparse.Namespace) -> "RecipeW
     return RecipeWorkload(run_arguments, training_arguments, config, sizes)
 
 
-def _plan(name: str, workload: "RecipeWorkload", arguments: argparse.Namespace) -> "ConditionPlan":
+def _plan(
+    name: str, workload: "RecipeWorkload", arguments: argparse.Namespace, other_batches: Iterable[int] = ()
+) -> "ConditionPlan":
     from hf_aegis.training.planning.advice import advise
     from hf_aegis.training.planning.rehearsal import rehearse
     from hf_aegis.training.planning.report import ConditionPlan
 
     plan = rehearse(workload, arguments.device)
     size = workload.args.per_device_train_batch_size
-    other = 1 if size > 1 else 2
-    peak = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device).peak.bytes
+    found = {size: plan}
+    for other in other_batches:
+        found[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
+    by_batch = {batch: {name: peak.bytes for name, peak in each.phases.items()} for batch, each in found.items()}
     return ConditionPlan(
         name,
         workload.describe(arguments.device),
         plan,
-        {size: plan.peak.bytes, other: peak},
-        tuple(workload.assumptions()),
+        by_batch,
+        tuple(workload.assumptions(arguments.device)),
         advise(workload, plan, arguments.device) if arguments.advice else None,
     )
 

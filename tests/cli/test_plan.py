@@ -64,6 +64,7 @@ def test_a_comparison_has_a_row_for_each_condition(capsys, comparison, tmp_path)
     assert by_name["aegis"]["step_flops"] > 1.2 * by_name["naive"]["step_flops"]
     assert by_name["lora"]["items"]["optimiser state"] < by_name["naive"]["items"]["optimiser state"]
     assert by_name["lora"]["trainable_parameters"] < by_name["naive"]["trainable_parameters"]
+    assert not any("largest_batch" in found for found in figures["plans"])
     for found in by_name.values():
         assert sum(found["items"].values()) == found["peak_bytes"] == max(found["phases"].values())
         assert found["fits"] == {"24": True, "48": True, "80": True}

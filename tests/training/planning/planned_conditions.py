@@ -20,6 +20,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "pairs": {"preserve": "subspace", "subspace_sensitivity": 0.9},
     "lora": {"preserve": "none"},
     "8-bit": {"preserve": "none", "optim": "adamw_bnb_8bit"},
+    "bf16": {"preserve": "none", "bf16": True},
+    "streaming, bf16, checkpointed": {"bf16": True} | CHECKPOINTED,
 }
 
 
