@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name}: planned", file=sys.stderr, flush=True)
     if is_comparison and not alone:
         print(text_table(*_table(plans, capacities)))
-        for name, notes in ((plan.name, plan.notes) for plan in plans):
-            print("\n".join(f"note: {name}: {note}" for note in notes), end="\n" if notes else "")
+        print("\n".join(_notes(plans)))
     figures = {"device": arguments.device, "plans": [plan.to_dict(capacities) for plan in plans]}
     if alone:
         print(json.dumps(figures, indent=2))
@@ -167,3 +166,15 @@ def _table(plans: list["ConditionPlan"], capacities: list[float]) -> tuple[list[
         peak = plan.plan.peak
         rows.append([plan.name, size(peak.bytes), peak.phase, *cells, f"{plan.plan.step_flops:.3g}", *fits])
     return heads, rows
+
+
+def _notes(plans: list["ConditionPlan"]) -> list[str]:
+    """Each note once, with the conditions that it is about where it is not about all."""
+    names: dict[str, list[str]] = {}
+    for plan in plans:
+        for note in plan.notes:
+            names.setdefault(note, []).append(plan.name)
+    return [
+        f"note: {note}" if len(about) == len(plans) else f"note: {', '.join(about)}: {note}"
+        for note, about in names.items()
+    ]

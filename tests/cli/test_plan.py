@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.cli import main
 
 
@@ -33,17 +35,27 @@ conditions:
     return recipe
 
 
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """The embedded model with one layer of each kind: going through a step takes time by the layer."""
+    config = AutoConfig.from_pretrained(EMBEDDED_VLM)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    config.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
 def plan(capsys, *options) -> str:
     assert main(["plan", "--device", "cpu", *map(str, options)]) == 0
     return capsys.readouterr().out
 
 
-def test_a_training_is_itemised(capsys):
-    override = '{"vqa_samples": 0, "per_device_train_batch_size": 2}'
-    config = RECIPES / "embedded_aegis.yaml"
-    text = plan(capsys, "--config", config, "--override", override, "--capacities", "0.5", "24", "--advice")
+def test_a_training_is_itemised(capsys, small):
+    override = '{"vqa_samples": 0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}'
+    options = ("--model_config", small, "--override", override, "--capacities", "0.5", "24", "--advice")
+    text = plan(capsys, "--config", RECIPES / "embedded_aegis.yaml", *options)
 
-    assert "embedded_aegis: the embedded model, batch 2, 152 tokens, float32 weights, adamw_torch" in text
+    assert "embedded_aegis: the embedded model, batch 2, 152 tokens, float32 weights, adamw_torch_fused" in text
     for item in ("parameters", "optimiser state", "activations", "expert average", "operations of a step:"):
         assert item in text
     assert "0.5 GiB: does not fit" in text
@@ -53,12 +65,13 @@ def test_a_training_is_itemised(capsys):
     assert "note: 2 cameras and 24 tokens of text are assumed for a sample" in text
 
 
-def test_a_comparison_has_a_row_for_each_condition(capsys, comparison, tmp_path):
-    text = plan(capsys, "--config", comparison, "--json", tmp_path / "plan.json")
+def test_a_comparison_has_a_row_for_each_condition(capsys, comparison, small, tmp_path):
+    text = plan(capsys, "--config", comparison, "--model_config", small, "--json", tmp_path / "plan.json")
     figures = json.loads((tmp_path / "plan.json").read_text())
     by_name = {found["name"]: found for found in figures["plans"]}
 
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["naive", "aegis", "lora"]
+    assert text.count("note: 2 cameras and 24 tokens of text are assumed for a sample") == 1
     assert figures["device"] == "cpu"
     # One backward pass more through the decoder, and fewer weights to train.
     assert by_name["aegis"]["step_flops"] > 1.2 * by_name["naive"]["step_flops"]

@@ -26,6 +26,7 @@ from hf_aegis.training.expert_parameters import expert_parameters
 from hf_aegis.training.frozen_modules import freeze_modules
 from hf_aegis.training.planning.assumed_values import AssumedValues
 from hf_aegis.training.planning.flop_log import FlopLog
+from hf_aegis.training.planning.observation import Observation
 from hf_aegis.training.planning.optimizer_shapes import make_optimizer
 from hf_aegis.training.planning.shapes_of_model import without_values
 from hf_aegis.training.planning.storage_log import Peak, StorageLog
@@ -92,13 +93,12 @@ def rehearse(workload: Workload, device: str = "cuda", evaluates: bool = True) -
         ValueError: If the training asks for an optimiser whose memory is not known here, or for what no trainer takes.
     """
     log, flops = StorageLog(_CUDA_GRANULE if device == "cuda" else 1), FlopLog()
-    with AssumedValues(workload.selected):
+    assumed = AssumedValues(workload.selected)
+    with assumed:
         whole = workload.model()
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(AssumedValues(workload.selected))
-        stack.enter_context(log)
-        stack.enter_context(flops)
+        stack.enter_context(Observation(assumed, log, flops))
         if device == "cuda":
             stack.enter_context(bending_on_device())
         return _Stage(workload, device, log, flops).play(whole, evaluates)
