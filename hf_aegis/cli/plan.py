@@ -156,15 +156,14 @@ def _plan(
 def _table(plans: list["ConditionPlan"], capacities: list[float]) -> tuple[list[str], list[list[str]]]:
     from hf_aegis.training.planning.report import size
 
-    kinds = list(dict.fromkeys(kind for plan in plans for kind in plan.plan.peak.items))
-    heads = ["condition", "peak", "phase", *kinds, "operations", *(f"{gib:g} GiB" for gib in capacities)]
+    phases = list(dict.fromkeys(phase for plan in plans for phase in plan.plan.phases))
+    heads = ["condition", "peak", *phases, "operations", *(f"{gib:g} GiB" for gib in capacities)]
     rows = []
     for plan in plans:
-        items = plan.plan.peak.items
-        cells = [size(items[kind]) if kind in items else "–" for kind in kinds]
+        found = plan.plan.phases
+        cells = [size(found[phase].bytes) if phase in found else "–" for phase in phases]
         fits = ["fits" if plan.fits(gib) else "no" for gib in capacities]
-        peak = plan.plan.peak
-        rows.append([plan.name, size(peak.bytes), peak.phase, *cells, f"{plan.plan.step_flops:.3g}", *fits])
+        rows.append([plan.name, size(plan.plan.peak.bytes), *cells, f"{plan.plan.step_flops:.3g}", *fits])
     return heads, rows
 
 

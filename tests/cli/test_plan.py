@@ -29,6 +29,7 @@ conditions:
   naive: {{preserve: none}}
   aegis: {{preserve: projection, anchor: easy_vqa}}
   lora: {{preserve: none, lora: {{r: 4}}}}
+  distilled: {{preserve: none, penalties: {{distillation: 1.0}}}}
 """,
         encoding="utf-8",
     )
@@ -52,7 +53,7 @@ def plan(capsys, *options) -> str:
 
 def test_a_training_is_itemised(capsys, small):
     override = '{"vqa_samples": 0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}'
-    options = ("--model_config", small, "--override", override, "--capacities", "0.5", "24", "--advice")
+    options = ("--model_config", small, "--override", override, "--capacities", "0.5", "24")
     text = plan(capsys, "--config", RECIPES / "embedded_aegis.yaml", *options)
 
     assert "embedded_aegis: the embedded model, batch 2, 152 tokens, float32 weights, adamw_torch_fused" in text
@@ -60,9 +61,18 @@ def test_a_training_is_itemised(capsys, small):
         assert item in text
     assert "0.5 GiB: does not fit" in text
     assert "24 GiB: fits; largest batch per device about" in text
-    assert "what lowers the peak, each by itself:" in text
-    assert "activation_checkpointing: true" in text
     assert "note: 2 cameras and 24 tokens of text are assumed for a sample" in text
+    assert "what lowers the peak" not in text
+
+
+@pytest.mark.slow
+def test_advice_is_given_where_it_is_asked_for(capsys, small):
+    override = '{"vqa_samples": 0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}'
+    config = RECIPES / "embedded_aegis.yaml"
+    text = plan(capsys, "--config", config, "--model_config", small, "--override", override, "--advice")
+
+    assert "what lowers the peak, each by itself:" in text
+    assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 2: " in text
 
 
 def test_a_comparison_has_a_row_for_each_condition(capsys, comparison, small, tmp_path):
@@ -70,7 +80,10 @@ def test_a_comparison_has_a_row_for_each_condition(capsys, comparison, small, tm
     figures = json.loads((tmp_path / "plan.json").read_text())
     by_name = {found["name"]: found for found in figures["plans"]}
 
-    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["naive", "aegis", "lora"]
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == [*("naive", "aegis", "lora", "distilled")]
+    phases = ["load", "forward", "backward", "optimizer", "evaluation"]
+    assert text.split()[: 3 + len(phases)] == ["condition", "peak", *phases, "operations"]
+    assert "what is kept beside the model" in by_name["distilled"]["items"]
     assert text.count("note: 2 cameras and 24 tokens of text are assumed for a sample") == 1
     assert figures["device"] == "cpu"
     # One backward pass more through the decoder, and fewer weights to train.

@@ -8,6 +8,7 @@ modelled twice. The kernels are those of the CPU, also where a GPU is planned fo
 
 import contextlib
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -97,6 +98,9 @@ def rehearse(workload: Workload, device: str = "cuda", evaluates: bool = True) -
     with assumed:
         whole = workload.model()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Where a model is copied, PyTorch looks whether its tensors have values, and means to stop doing so.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(Observation(assumed, log, flops))
         if device == "cuda":
