@@ -118,13 +118,15 @@ def advice_lines(advice: Sequence[Advice]) -> list[str]:
     if not advice:
         return ["no option known here lowers the peak"]
     return ["what lowers the peak, each by itself:"] + [
-        f"  {each.option}: {size(each.saved_bytes)} less, {size(each.peak_bytes)} (for {each.costs})"
+        f"  {each.option}: {size(each.saved_bytes)} less, {size(each.peak_bytes)} (costs: {each.costs})"
         for each in advice
     ]
 
 
 def size(count: float) -> str:
     """Bytes in the unit that suits."""
+    if count < 2**20 / 10:
+        return f"{count / 2**10:.1f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 2 else f"{count / 2**20:.1f} MiB"
 
 
