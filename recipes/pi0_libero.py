@@ -153,6 +153,7 @@ def fine_tune(study: PI0Study, material: Material, condition: str, seed: int) ->
     result = {
         **material.scores(trainer.model),
         "step_ms": resources.step_ms,
+        "step_processor_ms": resources.step_processor_ms,
         "peak_memory_mb": resources.peak_mb,
         "trainable_parameters": trainable,
         **(projection_means(folder) if trainer.shield is not None else {}),

@@ -23,6 +23,7 @@ COLUMNS = (
     Column("vqa_accuracy", "VQA accuracy (%)", ".1f", 100),
     Column("flow_mse", "held-out flow MSE", ".4f"),
     Column("step_ms", "step (ms)", ".0f"),
+    Column("step_processor_ms", "step, processor time (ms)", ".0f"),
     Column("peak_memory_mb", "peak memory (MB)", ".0f"),
     Column("trainable_parameters", "trainable parameters", ",.0f", spread=False),
     Column("throttle_rate", "throttle rate (%)", ".1f", 100),

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,15 +50,18 @@ def run(arguments: argparse.Namespace) -> int:
     alone = arguments.json is not None and str(arguments.json) == "-"
     plans = []
     for name, recipe in recipes.items():
-        plans.append(_plan(name, _workload(recipe, arguments), arguments))
+        workload = _workload(recipe, arguments)
+        size = workload.args.per_device_train_batch_size
+        # Far enough that the larger batches are not read off the cost of the first few samples.
+        others = () if is_comparison else {1, 4 * size} - {size}
+        plans.append(_plan(name, workload, arguments, others))
         if not alone and not is_comparison:
             print(itemised(plans[-1], capacities))
         elif is_comparison:
             print(f"{name}: planned", file=sys.stderr, flush=True)
     if is_comparison and not alone:
         print(text_table(*_table(plans, capacities)))
-        for name, notes in ((plan.name, plan.notes) for plan in plans):
-            print("\n".join(f"note: {name}: {note}" for note in notes), end="\n" if notes else "")
+        print("\n".join(_notes(plans)))
     figures = {"device": arguments.device, "plans": [plan.to_dict(capacities) for plan in plans]}
     if alone:
         print(json.dumps(figures, indent=2))
@@ -126,21 +130,25 @@ def _workload(recipe: dict[str, Any], arguments: argparse.Namespace) -> "RecipeW
     return RecipeWorkload(run_arguments, training_arguments, config, sizes)
 
 
-def _plan(name: str, workload: "RecipeWorkload", arguments: argparse.Namespace) -> "ConditionPlan":
+def _plan(
+    name: str, workload: "RecipeWorkload", arguments: argparse.Namespace, other_batches: Iterable[int] = ()
+) -> "ConditionPlan":
     from hf_aegis.training.planning.advice import advise
     from hf_aegis.training.planning.rehearsal import rehearse
     from hf_aegis.training.planning.report import ConditionPlan
 
     plan = rehearse(workload, arguments.device)
     size = workload.args.per_device_train_batch_size
-    other = 1 if size > 1 else 2
-    peak = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device).peak.bytes
+    found = {size: plan}
+    for other in other_batches:
+        found[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
+    by_batch = {batch: {name: peak.bytes for name, peak in each.phases.items()} for batch, each in found.items()}
     return ConditionPlan(
         name,
         workload.describe(arguments.device),
         plan,
-        {size: plan.peak.bytes, other: peak},
-        tuple(workload.assumptions()),
+        by_batch,
+        tuple(workload.assumptions(arguments.device)),
         advise(workload, plan, arguments.device) if arguments.advice else None,
     )
 
@@ -148,13 +156,24 @@ def _plan(name: str, workload: "RecipeWorkload", arguments: argparse.Namespace) 
 def _table(plans: list["ConditionPlan"], capacities: list[float]) -> tuple[list[str], list[list[str]]]:
     from hf_aegis.training.planning.report import size
 
-    kinds = list(dict.fromkeys(kind for plan in plans for kind in plan.plan.peak.items))
-    heads = ["condition", "peak", "phase", *kinds, "operations", *(f"{gib:g} GiB" for gib in capacities)]
+    phases = list(dict.fromkeys(phase for plan in plans for phase in plan.plan.phases))
+    heads = ["condition", "peak", *phases, "operations", *(f"{gib:g} GiB" for gib in capacities)]
     rows = []
     for plan in plans:
-        items = plan.plan.peak.items
-        cells = [size(items[kind]) if kind in items else "–" for kind in kinds]
+        found = plan.plan.phases
+        cells = [size(found[phase].bytes) if phase in found else "–" for phase in phases]
         fits = ["fits" if plan.fits(gib) else "no" for gib in capacities]
-        peak = plan.plan.peak
-        rows.append([plan.name, size(peak.bytes), peak.phase, *cells, f"{plan.plan.step_flops:.3g}", *fits])
+        rows.append([plan.name, size(plan.plan.peak.bytes), *cells, f"{plan.plan.step_flops:.3g}", *fits])
     return heads, rows
+
+
+def _notes(plans: list["ConditionPlan"]) -> list[str]:
+    """Each note once, with the conditions that it is about where it is not about all."""
+    names: dict[str, list[str]] = {}
+    for plan in plans:
+        for note in plan.notes:
+            names.setdefault(note, []).append(plan.name)
+    return [
+        f"note: {note}" if len(about) == len(plans) else f"note: {', '.join(about)}: {note}"
+        for note, about in names.items()
+    ]

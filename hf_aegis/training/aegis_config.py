@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -260,6 +261,19 @@ class AEGISConfig(TrainingArguments):
         """Whether training uses a `replay_dataset`."""
         replayed = self.projects and self.reference != "transport"
         return replayed or not {"replay", "ewc"}.isdisjoint(self.penalties or {})
+
+    @property
+    def checkpointing_options(self) -> dict[str, Any]:
+        """
+        A copy of `activation_checkpointing_kwargs`.
+
+        Raises:
+            ValueError: If they are no mapping; `TrainingArguments` reads JSON, and keeps other strings.
+        """
+        options = self.activation_checkpointing_kwargs or {}
+        if isinstance(options, str):
+            raise ValueError(f"activation_checkpointing_kwargs must be a JSON object, found {options!r}")
+        return dict(options)
 
     def _check_composition(self) -> None:
         for name, weight in (self.penalties or {}).items():

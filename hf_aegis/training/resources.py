@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_aegis.training.resumable import ResumableCallback
 
@@ -73,7 +73,8 @@ def _read_counter() -> float:
 
 class PhaseMemory:
     """
-    Peak memory of each phase of a training, of this process and since this was made.
+    Peak memory of each phase of a training, of this process and since this was made; a resumed training takes in those
+    of its checkpoint.
 
     Attributes:
         peaks_mb (`dict[str, float]`): By phase, in MB; see [`PHASES`] and [`peak_memory_mb`].
@@ -116,11 +117,24 @@ class PhaseMemory:
         return {f"peak_memory_mb_{name}": self.peaks_mb[name] for name in PHASES if name in self.peaks_mb}
 
 
-class PhaseMemoryCallback(TrainerCallback):
-    """Ends the phase of the optimiser's step."""
+class PhaseMemoryCallback(ResumableCallback):
+    """Ends the phase of the optimiser's step. A resumed run goes on with its checkpoint's peaks."""
+
+    initial: ClassVar = {"peaks_mb": {}}
 
     def __init__(self, memory: PhaseMemory) -> None:
         self.memory = memory
+        super().__init__()
+
+    @property
+    def peaks_mb(self) -> dict[str, float]:
+        """The memory's; what is assigned is taken into them."""
+        return self.memory.peaks_mb
+
+    @peaks_mb.setter
+    def peaks_mb(self, earlier: dict[str, float]) -> None:
+        for phase, peak in earlier.items():
+            self.memory.note(phase, peak)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

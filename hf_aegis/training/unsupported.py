@@ -164,7 +164,7 @@ def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
     narrow = args.fp16 or any(p.dtype == torch.float16 for p in model.parameters())
     split: Any = args.parallelism_config
     sizes = [getattr(split, name, 1) for name in ("tp_size", "cp_size", "sp_size")]
-    offloaded = (args.activation_checkpointing_kwargs or {}).get("offload")
+    offloaded = args.checkpointing_options.get("offload")
     streaming = args.projects and args.reference == "transport" and args.dual_backward == "streaming"
     return {
         'activation_checkpointing_kwargs={"offload": True} in the streaming form, which keeps on the device what '

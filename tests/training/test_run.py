@@ -168,7 +168,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(make_run, make_args, 
     (tmp_path / "cut" / "result.json").unlink()
     again = run_training(*arguments("cut"))
     assert figures(again) == figures(whole)
-    assert again == resumed
+    # What trains did not run again; loading and evaluating did.
+    for phase in ("forward", "backward", "optimizer"):
+        assert again["phase_memory_mb"][phase] == resumed["phase_memory_mb"][phase]
+    assert {**again, "phase_memory_mb": None} == {**resumed, "phase_memory_mb": None}
     assert again["step_ms"] > 0
     assert again["peak_memory_mb"] > 0
     json.loads((tmp_path / "cut" / "result.json").read_text(), parse_constant=pytest.fail)

@@ -21,6 +21,10 @@ class AssumedValues(TorchDispatchMode):
         self.selected = selected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.result(func, args, kwargs or {})
+
+    def result(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What an operation gives: its own result, or what is assumed."""
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
@@ -29,7 +33,7 @@ class AssumedValues(TorchDispatchMode):
             return values.new_empty((self.selected, *values.shape[mask.dim() :]))
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((self.selected, args[0].dim()), dtype=torch.long)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _is_mask(index: Tensor | None) -> bool:

@@ -26,7 +26,11 @@ class FlopLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        self.count(func, args, kwargs, output)
+        return output
+
+    def count(self, func: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        """Counts an operation that gave `output`."""
         formula = flop_registry.get(getattr(func, "overloadpacket", None))
         if formula is not None:
             self.flops[self.phase] += formula(*args, **kwargs, out_val=output)
-        return output

@@ -74,13 +74,14 @@ def most_directions(model: nn.Module, args: AEGISConfig, options: SubspaceOption
         groups.setdefault((parent, *key), []).append(site)
     found = []
     for sites in groups.values():
-        width = sites[0].linear.in_features
+        first: Any = sites[0].linear
+        width = first.in_features
         rank = min(width, options.max_rank)
         pairs = args.subspace_sensitivity is not None
-        linears = {
-            site.name: (rank, min(site.linear.out_features, options.max_output_rank) if pairs else None)
-            for site in sites
-        }
+        linears: dict[str, tuple[int, int | None]] = {}
+        for site in sites:
+            linear: Any = site.linear
+            linears[site.name] = (rank, min(linear.out_features, options.max_output_rank) if pairs else None)
         found.append(HeldDirections(width, rank, linears))
     return found
 

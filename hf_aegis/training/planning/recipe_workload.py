@@ -1,7 +1,7 @@
 """The training that a recipe describes, as shapes."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,10 @@ class RecipeWorkload:
     def _stand_in(self) -> ActivationAnchor:
         """An anchor of the model's shape with moments alone, whose values are read where it is made."""
         text = self.config.get_text_config()
-        policy = {} if self._anchor is None else {"mask_policy": self._anchor.fingerprint.mask_policy}
         shape = (text.num_hidden_layers, text.hidden_size)
-        fingerprint = AnchorFingerprint(*shape, "", "batch", 1, 1, 1, **policy)
+        fingerprint = AnchorFingerprint(*shape, "", "batch", 1, 1, 1)
+        if self._anchor is not None:
+            fingerprint = replace(fingerprint, mask_policy=self._anchor.fingerprint.mask_policy)
         return ActivationAnchor(torch.zeros(shape), torch.ones(shape), fingerprint)
 
     @property
@@ -115,8 +116,8 @@ class RecipeWorkload:
         ]
         return f"{', '.join(parts)}; on {device}, one device"
 
-    def assumptions(self) -> list[str]:
-        """What the plan assumes that the recipe does not say."""
+    def assumptions(self, device: str) -> list[str]:
+        """What the plan assumes that the recipe does not say, and what it leaves out."""
         sizes = self.sizes
         found = [f"{sizes.cameras} cameras and {sizes.text_tokens} tokens of text are assumed for a sample"]
         if self.run.fast is not None:
@@ -129,8 +130,12 @@ class RecipeWorkload:
             )
         if self.run.vqa_samples and self.args.vqa_accuracy:
             found.append("the key-value cache of generated answers is not counted")
-        if (self.args.activation_checkpointing_kwargs or {}).get("offload"):
+        if self.args.checkpointing_options.get("offload"):
             found.append("activations that are offloaded to the host are counted as if they were not")
+        if device == "cpu" and self.args.bf16:
+            found.append(
+                "what oneDNN compiles and keeps for each shape of a product in bfloat16 is not counted: tens of MB"
+            )
         return found
 
     def model(self) -> nn.Module:
@@ -139,7 +144,7 @@ class RecipeWorkload:
         with torch.device("meta"), init.no_init_weights():
             vlm = PaliGemmaForConditionalGeneration(config)
             vlm.tie_weights()
-            vlm.to(getattr(torch, run.dtype))  # type: ignore[arg-type]
+            vlm.to(getattr(torch, run.dtype))
             model = PaliGemmaFlowForAction.from_vlm(vlm, chunk_size=run.chunk_size, **(run.expert or {}))
             if not model.config.flow_gradient_to_vlm and run.fast is None:
                 model.model.requires_grad_(False)

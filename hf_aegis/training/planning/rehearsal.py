@@ -8,7 +8,9 @@ modelled twice. The kernels are those of the CPU, also where a GPU is planned fo
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from hf_aegis.training.expert_parameters import expert_parameters
 from hf_aegis.training.frozen_modules import freeze_modules
 from hf_aegis.training.planning.assumed_values import AssumedValues
 from hf_aegis.training.planning.flop_log import FlopLog
+from hf_aegis.training.planning.observation import Observation
 from hf_aegis.training.planning.optimizer_shapes import make_optimizer
 from hf_aegis.training.planning.shapes_of_model import without_values
 from hf_aegis.training.planning.storage_log import Peak, StorageLog
@@ -76,7 +79,8 @@ class Rehearsal:
 
 def rehearse(workload: Workload, device: str = "cuda", evaluates: bool = True) -> Rehearsal:
     """
-    Goes through the load, a first step, a second step and an evaluation of a training, with shapes alone.
+    Goes through the load, the first steps and an evaluation of a training, with shapes alone. Of many micro-batches,
+    or many backward passes that share a reference direction, those are gone through that differ.
 
     Args:
         workload ([`Workload`]): The training.
@@ -90,13 +94,15 @@ def rehearse(workload: Workload, device: str = "cuda", evaluates: bool = True) -
         ValueError: If the training asks for an optimiser whose memory is not known here, or for what no trainer takes.
     """
     log, flops = StorageLog(_CUDA_GRANULE if device == "cuda" else 1), FlopLog()
-    with AssumedValues(workload.selected):
+    assumed = AssumedValues(workload.selected)
+    with assumed:
         whole = workload.model()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Where a model is copied, PyTorch looks whether its tensors have values, and means to stop doing so.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(AssumedValues(workload.selected))
-        stack.enter_context(log)
-        stack.enter_context(flops)
+        stack.enter_context(Observation(assumed, log, flops))
         if device == "cuda":
             stack.enter_context(bending_on_device())
         return _Stage(workload, device, log, flops).play(whole, evaluates)
@@ -126,11 +132,7 @@ class _Stage:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.log.tag([p.grad], "gradients"))
-        # The first one makes the optimiser's state.
-        self._step(model)
-        self.flops.flops.clear()
-        self._step(model)
-        flops = {name: self.flops.flops[name] for name in PHASES if self.flops.flops[name]}
+        flops = self._steps(model)
         if evaluates:
             with self.log.phase("evaluation"):
                 self._evaluate(model)
@@ -146,9 +148,10 @@ class _Stage:
         if self.device == "cpu":
             self.kept += self.workload.anchor_tensors()
             self.log.tag(self.kept, "anchor")
-        # EWC's Fisher information is a mean over samples, each of which takes as much as one.
         once = copy.copy(args)
+        # EWC's Fisher information is a mean over samples, each of which takes as much as one.
         once.fisher_samples = 1
+        once.reference_interval = min(args.reference_interval, 2)
         self.preservation = PlannedPreservation(
             model, once, self.workload, partial(self._replay_loss, model), partial(_trained, model, expert)
         )
@@ -169,10 +172,38 @@ class _Stage:
             self.log.tag(self.ema.average.values(), "expert average")
         checkpoint_activations(model, args)
 
-    def _step(self, model: nn.Module) -> None:
+    def _steps(self, model: nn.Module) -> dict[str, int]:
+        """
+        Goes through steps until nothing new can come; returns the operations of one by phase.
+
+        A step's second micro-batch finds gradients, as those after it do; of the backward passes that do not compute a
+        reference direction, one is enough.
+        """
         model.train()
-        for number in range(self.args.gradient_accumulation_steps):
-            self._micro_batch(model, number)
+        args = self.args
+        # Makes the optimiser's state, and is the first of the passes that compute a reference direction.
+        self._micro_batch(model, 0)
+        self._update(model)
+        passes, update = [], Counter[str]()
+        for _ in range(min(args.reference_interval, 2)):
+            for number in range(min(args.gradient_accumulation_steps, 2)):
+                passes.append(self._counted(partial(self._micro_batch, model, number)))
+            update = self._counted(partial(self._update, model))
+        computing, keeping, interval = passes[-1], passes[0], args.reference_interval
+        accumulated = args.gradient_accumulation_steps
+        flops = {
+            name: accumulated * (computing[name] + (interval - 1) * keeping[name]) // interval + update[name]
+            for name in PHASES
+        }
+        return {name: count for name, count in flops.items() if count}
+
+    def _counted(self, run: Callable[[], None]) -> Counter[str]:
+        """The operations of what runs, by phase."""
+        self.flops.flops.clear()
+        run()
+        return self.flops.flops.copy()
+
+    def _update(self, model: nn.Module) -> None:
         with self._in("optimizer"):
             trained = [p for p in model.parameters() if p.grad is not None]
             if self.args.max_grad_norm:
@@ -235,7 +266,7 @@ class _Stage:
 def checkpoint_activations(model: Any, args: AEGISConfig) -> None:
     """Turns activation checkpointing on or off, as the Trainer does."""
     if args.activation_checkpointing:
-        options = dict(args.activation_checkpointing_kwargs or {})
+        options = args.checkpointing_options
         every = options.pop("every_n_layers", 1)
         options.pop("offload", None)
         model.activation_checkpointing_enable(options or None, every_n_layers=every)

@@ -1,5 +1,6 @@
 """Plans as text: what a training takes, item by item, and where it fits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class ConditionPlan:
         name (`str`): The condition's, or the recipe's.
         description (`str`): Model, batch, dtype, optimiser.
         plan ([`Rehearsal`]): At the recipe's batch.
-        by_batch (`dict[int, int]`): Peak bytes by the batch of a device.
+        by_batch (`dict[int, dict[str, int]]`): Peak bytes of each phase, by the batch of a device.
         notes (`tuple[str, ...]`): What was assumed.
         advice (`list[Advice]`, *optional*): Where it was asked for.
     """
@@ -35,7 +36,7 @@ class ConditionPlan:
     name: str
     description: str
     plan: Rehearsal
-    by_batch: Mapping[int, int]
+    by_batch: Mapping[int, Mapping[str, int]]
     notes: tuple[str, ...] = ()
     advice: Sequence[Advice] | None = None
 
@@ -44,38 +45,48 @@ class ConditionPlan:
         return self.plan.peak.bytes + ALLOWANCE <= gib * GIB
 
     def to_dict(self, capacities: Sequence[float]) -> dict[str, Any]:
-        """All figures."""
+        """All figures; the largest batches where more than one was planned."""
+        several = len(self.by_batch) > 1
+        largest = {f"{gib:g}": largest_batch(self.by_batch, gib * GIB - ALLOWANCE) for gib in capacities if several}
         return {
             "name": self.name,
             "description": self.description,
             **self.plan.to_dict(),
-            "peak_bytes_by_batch": dict(self.by_batch),
+            "peak_bytes_by_batch": {size: max(phases.values()) for size, phases in self.by_batch.items()},
             "fits": {f"{gib:g}": self.fits(gib) for gib in capacities},
-            "largest_batch": {f"{gib:g}": largest_batch(self.by_batch, gib * GIB - ALLOWANCE) for gib in capacities},
+            **({"largest_batch": largest} if several else {}),
             "notes": list(self.notes),
             **({} if self.advice is None else {"advice": [vars(advice) for advice in self.advice]}),
         }
 
 
-def largest_batch(by_batch: Mapping[int, int], available: float) -> int:
+def largest_batch(by_batch: Mapping[int, Mapping[str, int]], available: float) -> int:
     """
-    The largest batch that fits, by straight lines through the planned ones.
+    The largest batch of which every phase fits, by straight lines through the planned ones.
 
     Args:
-        by_batch (`Mapping[int, int]`): Peak bytes by batch, at least two. Between them a line lies above the peak,
+        by_batch (`Mapping[int, Mapping[str, int]]`):
+            Peak bytes of each phase by batch, of two batches at least. Between them a line lies above a phase's peak,
             which is the largest of several linear terms; beyond the largest it may lie below.
         available (`float`): Bytes.
 
     Returns:
-        `int`: 0 if not even one sample fits.
+        `int`: 0 if not even one sample fits; the largest planned one if all fit and no phase depends on the batch.
     """
     sizes = sorted(by_batch)
-    above = next((size for size in sizes[1:] if by_batch[size] > available), sizes[-1])
-    below = sizes[sizes.index(above) - 1]
-    slope = (by_batch[above] - by_batch[below]) / (above - below)
+    phases = (([(size, by_batch[size][phase]) for size in sizes]) for phase in by_batch[sizes[0]])
+    most = min(_largest(peaks, available) for peaks in phases)
+    return sizes[-1] if most == math.inf else max(0, math.floor(most))
+
+
+def _largest(peaks: list[tuple[int, int]], available: float) -> float:
+    """The batch at which a line through a phase's peaks meets what is available; infinity if it never does."""
+    above = next((index for index, (_, taken) in enumerate(peaks[1:], 1) if taken > available), len(peaks) - 1)
+    (smaller, less), (larger, more) = peaks[above - 1], peaks[above]
+    slope = (more - less) / (larger - smaller)
     if slope <= 0:
-        return above if by_batch[above] <= available else 0
-    return max(0, int(below + (available - by_batch[below]) / slope))
+        return math.inf if more <= available else 0
+    return smaller + (available - less) / slope
 
 
 def itemised(plan: ConditionPlan, capacities: Sequence[float]) -> str:
@@ -107,13 +118,15 @@ def advice_lines(advice: Sequence[Advice]) -> list[str]:
     if not advice:
         return ["no option known here lowers the peak"]
     return ["what lowers the peak, each by itself:"] + [
-        f"  {each.option}: {size(each.saved_bytes)} less, {size(each.peak_bytes)} (for {each.costs})"
+        f"  {each.option}: {size(each.saved_bytes)} less, {size(each.peak_bytes)} (costs: {each.costs})"
         for each in advice
     ]
 
 
 def size(count: float) -> str:
     """Bytes in the unit that suits."""
+    if count < 2**20 / 10:
+        return f"{count / 2**10:.1f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 2 else f"{count / 2**20:.1f} MiB"
 
 

@@ -56,10 +56,14 @@ class StorageLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        self.note(output)
+        return output
+
+    def note(self, output: Any) -> None:
+        """Notes the storages of what an operation gave."""
         for value in tree_iter(output):
             if isinstance(value, Tensor):
                 self._note(value)
-        return output
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from hf_aegis.training.run_arguments import RunArguments
 
 EXPERT = {"expert_hidden_size": 128, "expert_num_layers": 3, "expert_num_heads": 4, "expert_intermediate_size": 512}
 SIZES = Sizes(text_tokens=20)
-SAMPLES = 12
+SAMPLES = 8
 CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "naive": {"preserve": "none"},
@@ -20,6 +20,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "pairs": {"preserve": "subspace", "subspace_sensitivity": 0.9},
     "lora": {"preserve": "none"},
     "8-bit": {"preserve": "none", "optim": "adamw_bnb_8bit"},
+    "bf16": {"preserve": "none", "bf16": True},
+    "streaming, bf16, checkpointed": {"bf16": True} | CHECKPOINTED,
 }
 
 
