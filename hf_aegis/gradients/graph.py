@@ -98,7 +98,8 @@ def split_at_bottlenecks(output: GradientEdge, segment: GraphSegment, names: Map
         names (`Mapping[int, str]`): `id` of each trainable parameter of the model, with its name.
 
     Returns:
-        `list[GraphPiece]`: The uppermost first; a single one where the branches do not meet.
+        `list[GraphPiece]`: The uppermost first; a single one where the branches do not meet. No two use the same
+        parameter.
     """
     own = set(segment.nodes)
     readers: Counter[Node] = Counter()
@@ -130,4 +131,20 @@ def split_at_bottlenecks(output: GradientEdge, segment: GraphSegment, names: Map
                     ready.append(child)
             elif (name := names.get(id(getattr(child, "variable", None)))) is not None:
                 pieces[-1].parameters[name] = segment.parameters[name]
-    return pieces
+    return _without_shared_parameters(pieces)
+
+
+def _without_shared_parameters(pieces: list[GraphPiece]) -> list[GraphPiece]:
+    """
+    Joins pieces that use a parameter together, and those between them: differentiated by that parameter, the upper one
+    would not end at the cut, so that what lies below it would be counted twice.
+    """
+    joined: list[GraphPiece] = []
+    for piece in pieces:
+        shared = [i for i, above in enumerate(joined) if above.parameters.keys() & piece.parameters.keys()]
+        first = shared[0] if shared else len(joined)
+        together = [*joined[first:], piece]
+        nodes = [node for part in together for node in part.nodes]
+        parameters = {name: parameter for part in together for name, parameter in part.parameters.items()}
+        joined[first:] = [GraphPiece(together[0].output, nodes, parameters)]
+    return joined

@@ -58,13 +58,42 @@ def a_stream_without_what_is_below(x, one, two, three):
         (residual_stream, [["three", "two"], ["one"]]),
         (side_by_side, [["one", "three", "two"]]),
         (past_the_middle, [["one", "three", "two"]]),
-        (parameter_in_both, [["one", "three", "two"], ["one"]]),
+        # Differentiated by "one", the upper piece would go through the cut to the lower one's, and count it twice.
+        (parameter_in_both, [["one", "three", "two"]]),
         (several_outputs, [["one", "three", "two"]]),
         (a_stream_without_what_is_below, [["three"], ["one", "two"]]),
     ],
 )
 def test_pieces_begin_where_all_branches_meet(build, expected):
     assert cut(build) == expected
+
+
+def around_a_cut(x, one, two, three):
+    middle = x + torch.tanh(x @ one)
+    upper = middle + torch.tanh(middle @ two)
+    return upper + torch.tanh(upper @ one @ three)
+
+
+@pytest.mark.parametrize("build", [residual_stream, parameter_in_both, around_a_cut, several_outputs, side_by_side])
+def test_piece_by_piece_gradients_are_those_of_the_whole(build):
+    parameters = {name: torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for name in ("one", "two", "three")}
+    below = torch.randn(2, 4, dtype=torch.float64, requires_grad=True) * 2
+    output = build(below, *parameters.values())
+    cotangent = torch.randn_like(output)
+    expected = torch.autograd.grad(output, [below, *parameters.values()], cotangent, retain_graph=True)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    edge = get_gradient_edge(output)
+    pieces = split_at_bottlenecks(edge, walk_segment(edge, {below.grad_fn}, names), names)
+    found = {}
+    for piece, lower in zip(pieces, [*(p.output for p in pieces[1:]), get_gradient_edge(below)], strict=True):
+        cotangent, *gradients = torch.autograd.grad(
+            [piece.output], [lower, *piece.parameters.values()], [cotangent], retain_graph=True
+        )
+        for name, gradient in zip(piece.parameters, gradients, strict=True):
+            found[name] = found.get(name, 0) + gradient
+    torch.testing.assert_close(cotangent, expected[0])
+    for name, gradient in zip(parameters, expected[1:], strict=True):
+        torch.testing.assert_close(found[name], gradient)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
