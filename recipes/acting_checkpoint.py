@@ -70,11 +70,13 @@ def ship(comparison: Path, condition: str, seed: int, folder: Path) -> dict[str,
         )
         if not holdout.fingerprint == before["fingerprint"] == result["fingerprints"]["vqa_final"]:
             raise ValueError(f"{comparison}: its questions are not those of this installation of easy-vqa")
-        after = holdout.evaluate(PaliGemmaFlowForAction.from_pretrained(staged, dtype=torch.float32)).to_dict()
+        model = PaliGemmaFlowForAction.from_pretrained(staged, dtype=torch.float32)
+        after = holdout.evaluate(model).to_dict()
         scores = {
             "condition": condition,
             "run_seed": seed,
             "base_model": "paligemma2-easy-vqa",
+            "parameters": model.num_parameters(),
             "dataset": before["dataset"],
             "split": before["split"],
             "seed": before["seed"],
@@ -101,6 +103,7 @@ def card(scores: dict[str, Any]) -> str:
     return MODEL_CARD.read_text().format(
         condition=scores["condition"],
         seed=scores["run_seed"],
+        parameters=scores["parameters"] / 1e6,
         table="\n".join(
             f"| {name} | {row['successes']} of {row['episodes']} | {row['success_rate']:.1%} "
             f"| {row['interval'][0]:.1%} – {row['interval'][1]:.1%} |"

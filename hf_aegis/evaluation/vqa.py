@@ -23,6 +23,21 @@ __all__ = ["VQAHoldout", "VQAResult", "VQAScore", "answer_length", "fingerprint"
 _VANISHING = 8
 
 
+# Generation settings that make a token more or less likely than the model does, or end an answer early; each with the
+# value that does nothing.
+_BENDING: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("watermarking_config", "stop_strings")),
+}
+
+
 class VQAHoldout:
     """
     A fixed set of questions, preprocessed once, on which models are compared.
@@ -201,8 +216,14 @@ class VQAHoldout:
 
 
 def _end_tokens(model: torch.nn.Module) -> set[int]:
-    """The tokens at which the model's generation ends."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    """
+    The tokens at which the model's greedy generation ends; none if the model's own generation settings bend it, so
+    that the likeliest token is not always what comes next.
+    """
+    settings = getattr(model, "generation_config", None)
+    if any(getattr(settings, name, None) not in (None, neutral) for name, neutral in _BENDING.items()):
+        return set()
+    ends = getattr(settings, "eos_token_id", None)
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 

@@ -72,6 +72,15 @@ def test_answers_that_teacher_forcing_settles_are_those_that_are_generated(model
     assert sum(asked) == round(200 * (1 - generated.accuracy))
 
 
+def test_nothing_is_settled_where_generation_is_bent(model, processor, monkeypatch):
+    holdout = VQAHoldout(load_easy_vqa("test", 24, seed=2), processor)
+    [token] = processor.tokenizer("yes", add_special_tokens=False)["input_ids"][:1]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [token])
+    generated = holdout.evaluate_accuracy(model).predictions
+    assert "yes" not in generated
+    assert holdout.evaluate(model).predictions == generated
+
+
 @pytest.mark.slow
 def test_it_scores_on_the_whole_test_split_what_its_card_says(model, processor, evaluation):
     result = VQAHoldout(load_easy_vqa("test"), processor).evaluate(model)
