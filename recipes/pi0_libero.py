@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ from pi0_libero_config import PI0Study
 from pi0_libero_scores import COLUMNS, VERSIONS, flow_error, markdown_table
 from transformers import AutoProcessor, PI0Config, set_seed
 
-from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
+from hf_aegis.anchors import ActivationAnchor, SampleBatches, SubspaceOptions
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.comparison import refuse_other_settings
@@ -98,15 +99,19 @@ def prepare(study: PI0Study, material: Material, device: torch.device, anchored:
         return
     model = study.load_model().to(device)
     if collects:
-        samples, size = material.questions, study.anchored.batch_size
-        loader = torch.utils.data.DataLoader(samples, batch_size=size, collate_fn=material.vqa_collator)
+        partial = study.folder / "anchor_partial"
+        batches = SampleBatches(material.questions, study.anchored.batch_size, material.vqa_collator)
         ActivationAnchor.collect(
             pi0_vlm(model),
-            loader,
+            batches,
             moments=study.moments,
             subspaces=SubspaceOptions(**study.subspaces) if study.subspaces else None,
             dataset_id=study.anchored.dataset,
+            num_batches=len(batches),
+            partial_folder=partial,
+            settings=dataclasses.asdict(study.anchored),
         ).save_pretrained(anchor)
+        shutil.rmtree(partial)
     if not before.exists():
         write_text(before, json.dumps(finite_json(material.scores(model)), indent=2))
 
