@@ -51,8 +51,8 @@ def advice_for(trainer: "AEGISTrainer") -> str:
 
     if trainer.is_fsdp_enabled:
         return (
-            "The planner does not know what a process takes under FSDP. A smaller per_device_train_batch_size with more "
-            "gradient_accumulation_steps, activation checkpointing, or more processes lower it."
+            "The planner does not know what a process takes under FSDP. A smaller per_device_train_batch_size with "
+            "more gradient_accumulation_steps, activation checkpointing, or more processes lower it."
         )
     if trainer.last_inputs is None:
         return "It was before the first step: the model and what is kept beside it do not fit."
