@@ -57,18 +57,26 @@ class Share:
         What the first process makes; the others wait for it and make nothing. It travels as in `gathered`.
 
         Raises:
-            ValueError: in all processes, if the first one cannot make it.
+            Exception: What `make` raises, in the first process; in the others a `ValueError` that quotes it if it is
+                one, else a `RuntimeError`.
         """
         if self.size == 1:
             return make()
-        made: list[Any] = [None]
+        raised: Exception | None = None
+        # What was made; or the error's kind and its words, as not every error can be pickled.
+        made: list[Any] = [None, None, None]
         if self.rank == 0:
             try:
                 made[0] = make()
-            except ValueError as error:
-                made[0] = error
+            except Exception as error:
+                raised = error
+                kind = ValueError if isinstance(error, ValueError) else RuntimeError
+                quoted = str(error) if kind is ValueError else f"{type(error).__name__} in the first process: {error}"
+                made[1:] = [kind, quoted]
         source = distributed.get_global_rank(self.process_group, 0)  # type: ignore[arg-type]
         distributed.broadcast_object_list(made, src=source, group=self.process_group)
-        if isinstance(made[0], ValueError):
-            raise made[0]
+        if raised is not None:
+            raise raised
+        if made[1] is not None:
+            raise made[1](made[2])
         return made[0]

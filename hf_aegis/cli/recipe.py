@@ -20,6 +20,8 @@ import yaml
 
 EXTENDS = "extends"
 """Key of a recipe that names another one, which it is laid over."""
+# transformers annotates the field as text, which it is in old configurations, and asks for `fsdp=True`.
+_BESIDES: dict[str, Any] = {"fsdp": bool}
 
 
 def parse_recipe(
@@ -78,9 +80,9 @@ def recipe_path(options: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def option_types(dataclass_types: Sequence[type]) -> dict[str, Any]:
-    """The annotations of all fields that are options, by name."""
+    """The types of all fields that are options, by name: their annotations, and what fields take besides."""
     return {
-        field.name: hints[field.name]
+        field.name: hints[field.name] | _BESIDES[field.name] if field.name in _BESIDES else hints[field.name]
         for dataclass_type in dataclass_types
         for hints in [typing.get_type_hints(dataclass_type)]
         for field in dataclasses.fields(dataclass_type)

@@ -1,9 +1,10 @@
 """
 The dual backward: task gradient and reference direction in one `loss.backward()`.
 
-Inside the context of a [`GradientShield`] the model's forward pass is unchanged, bit for bit. Hooks note each decoder
-layer's output and read from the autograd graph which nodes and parameters belong to the layer. When the backward pass
-of the task loss is about to enter a layer, the layer's share of the reference direction is computed first:
+Inside the context of a [`GradientShield`] the model's forward pass is unchanged, bit for bit, unless `reference_share`
+splits its batches, which changes rounding. Hooks note each decoder layer's output and read from the autograd graph
+which nodes and parameters belong to the layer. When the backward pass of the task loss is about to enter a layer, the
+layer's share of the reference direction is computed first:
 
 - `"streaming"`: the reference cotangent that came down from the layer above, plus this layer's own closed-form penalty
   gradient, goes through this layer's part of the graph only. Then autograd continues with the task cotangent through
@@ -34,6 +35,8 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from hf_aegis.anchors import find_decoder_layers
+from hf_aegis.anchors.collection import without_cache
+from hf_aegis.anchors.fingerprint import decoder_config
 from hf_aegis.functional.bures import DEFAULT_EPS
 from hf_aegis.gradients.combiners import Combiner, OneSidedGramSchmidt
 from hf_aegis.gradients.data_parallel import (
@@ -253,6 +256,9 @@ class GradientShield:
         else:
             self._exchange = None
         self._handles.extend(self._recorder.follow(self, groups, self._before_forward))
+        if self._split.share != 1:
+            # Keys and values of a part of the batch's rows fit into no cache.
+            self._block.enter_context(without_cache(decoder_config(self.model, self.layers)))
         self._split.take_over(self.layers)
         for index, layer in enumerate(self.layers):
             if getattr(layer, "gradient_checkpointing", False):

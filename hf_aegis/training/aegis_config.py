@@ -322,9 +322,11 @@ class AEGISConfig(TrainingArguments):
         if self.reference_share != 1:
             if self.dual_backward != "streaming":
                 raise ValueError(f'reference_share={self.reference_share} needs dual_backward="streaming"')
-            if self.per_device_train_batch_size == 1:
+            size = self.per_device_train_batch_size
+            if math.ceil(self.reference_share * size) == size:
                 raise ValueError(
-                    f"reference_share={self.reference_share} has no effect with per_device_train_batch_size=1"
+                    f"reference_share={self.reference_share} has no effect with per_device_train_batch_size={size}: "
+                    "rounded up, it is the whole batch"
                 )
         if self.projection_target == "update":
             self._refuse_without_effect('projection_target="update"', "projection_metric")

@@ -83,9 +83,10 @@ class AEGISTrainer(HubTrainer):
 
     Besides the Trainer's logs, the output folder gets `metrics.jsonl` with all that is logged, and `projection.jsonl`
     with each backward pass's figures group by group. When training ends, the peak memory of each phase is logged;
-    `trainer.memory` has it, too. Each checkpoint is preceded by a log, whatever `logging_steps` is, so that a run
-    resumed from it logs what an uninterrupted one does. Out of memory, it raises [`TrainingOutOfMemoryError`], which
-    says what options would lower the peak, and by how much.
+    `trainer.memory` has it, too. For that, each phase resets CUDA's peak statistics, also those that a caller reads.
+    Each checkpoint is preceded by a log, whatever `logging_steps` is, so that a run resumed from it logs what an
+    uninterrupted one does. Out of memory, it raises [`TrainingOutOfMemoryError`], which says what options would lower
+    the peak, and by how much.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -151,6 +152,12 @@ class AEGISTrainer(HubTrainer):
         if args.needs_replay and replay_dataset is None:
             raise ValueError(f"{_because(args, 'replay')} needs a replay_dataset")
         expert_modules(model, args.expert_modules)
+        without_average = args.load_best_model_at_end and args.save_only_model
+        if without_average and args.expert_ema_decay > 0 and expert_parameters(model, args.expert_modules):
+            raise ValueError(
+                "load_best_model_at_end needs the expert average of the best checkpoint, which save_only_model does "
+                "not save: set one of them to False, or expert_ema_decay=0"
+            )
         if data_collator is None:
             processing_class, data_collator = action_collator(model, processing_class, train_dataset)
         if replay_dataset is not None and replay_collator is None:
@@ -161,7 +168,8 @@ class AEGISTrainer(HubTrainer):
             raise ValueError("certificate_batches are not supported with FSDP; measure a saved model with Certificate")
         if anchor is not None and (args.needs_anchor or certificate_batches is not None):
             anchor.check_compatible(model, layers=args.decoder_layers)
-        # The first thing that changes the model, after all that may refuse it.
+        # The first thing that changes the model, after what may refuse the arguments; what accelerate makes of them,
+        # and what is kept beside the model, can only be looked at afterwards.
         freeze_modules(model, args.frozen_modules)
         super().__init__(
             model=model,
@@ -221,11 +229,6 @@ class AEGISTrainer(HubTrainer):
         self.add_callback(ProcessSeeds())
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
-            if args.load_best_model_at_end and args.save_only_model:
-                raise ValueError(
-                    "load_best_model_at_end needs the expert average of the best checkpoint, which save_only_model "
-                    "does not save: set one of them to False, or expert_ema_decay=0"
-                )
             self.ema = ExpertEMA(self._expert, args.expert_ema_decay)
             self.add_callback(ExpertEMACallback(self.ema))
         self.add_callback(PhaseMemoryCallback(self.memory))

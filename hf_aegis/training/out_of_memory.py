@@ -49,6 +49,11 @@ def advice_for(trainer: "AEGISTrainer") -> str:
     from hf_aegis.training.planning.report import advice_lines, size
     from hf_aegis.training.planning.trainer_workload import TrainerWorkload
 
+    if trainer.is_fsdp_enabled:
+        return (
+            "The planner does not know what a process takes under FSDP. A smaller per_device_train_batch_size with "
+            "more gradient_accumulation_steps, activation checkpointing, or more processes lower it."
+        )
     if trainer.last_inputs is None:
         return "It was before the first step: the model and what is kept beside it do not fit."
     device = "cuda" if trainer.args.device.type != "cpu" else "cpu"
@@ -56,7 +61,7 @@ def advice_for(trainer: "AEGISTrainer") -> str:
         workload: Any = TrainerWorkload(trainer, trainer.last_inputs)
         plan = rehearse(workload, device, evaluates=False)
         lines = advice_lines(advise(workload, plan, device, evaluates=False))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+    except Exception as error:
         # What went wrong is the missing memory, and the planner must not hide it.
         return f"The planner cannot say what would help with this model: {type(error).__name__}: {error}"
     most, phase = size(plan.peak.bytes), plan.peak.phase

@@ -176,7 +176,8 @@ class ResourceCallback(ResumableCallback):
         self._synchronize()
         self._start, self._processor_start = time.perf_counter(), time.process_time()
 
-    # What other callbacks do to the weights after an optimiser step is a part of the step.
+    # What other callbacks do to the weights in `on_optimizer_step` lies before this, and is a part of the step; what
+    # they do in `on_step_end` is one only where they come before this one.
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

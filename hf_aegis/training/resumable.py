@@ -39,6 +39,12 @@ class ResumableCallback(TrainerCallback, ExportableState):
                     "saved by a run like this one, whose figures could be continued"
                 )
             values = stored[type(self).__name__]["attributes"]
+            if missing := [name for name in self.initial if name not in values]:
+                raise ValueError(
+                    f"the checkpoint of step {state.global_step} holds a state of {type(self).__name__} without "
+                    f"{missing}, found {sorted(values)}: it was saved by another version, whose figures cannot be "
+                    "continued; begin anew, or resume with the version that saved it"
+                )
         self._restore(values)
 
     def _restore(self, values: dict[str, Any]) -> None:

@@ -149,6 +149,9 @@ def _under_fsdp(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
         f"FSDP and π0, whose expert reads each layer's keys and values past FSDP's hooks; {ddp}": isinstance(
             unwrap_model(model), PI0ForConditionalGeneration
         ),
+        'FSDP and activation_checkpointing_kwargs={"offload": True}, which is not tested here; leave it out': bool(
+            args.activation_checkpointing and args.checkpointing_options.get("offload")
+        ),
         "FSDP and torch.compile": args.torch_compile,
         "FSDP and auto_find_batch_size, which would shard the model again": args.auto_find_batch_size,
         "FSDP and a parallelism_config; weights are sharded over one dimension, that of all processes": (
@@ -166,6 +169,8 @@ def _in_backward(model: nn.Module, args: AEGISConfig) -> dict[str, bool]:
     sizes = [getattr(split, name, 1) for name in ("tp_size", "cp_size", "sp_size")]
     offloaded = args.checkpointing_options.get("offload")
     streaming = args.projects and args.reference == "transport" and args.dual_backward == "streaming"
+    # Whatever `dual_backward` says, that of FSDP is the two-pass form.
+    streaming = streaming and not asks_for_fsdp(args)
     return {
         'activation_checkpointing_kwargs={"offload": True} in the streaming form, which keeps on the device what '
         'layers are recomputed from; use dual_backward="two_pass", or leave offload out': bool(

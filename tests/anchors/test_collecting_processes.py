@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
+from hf_aegis.anchors import ActivationAnchor, Share, SubspaceOptions
 from hf_aegis.cli import main
 
 
@@ -96,6 +96,11 @@ class UntilKilled(list):
 
 def collect_share(folder, build_model, make_batches):
     rank = distributed.get_rank()
+    # Nobody waits for what the first one could not make.
+    with pytest.raises(RuntimeError if rank else ZeroDivisionError, match="division by zero"):
+        Share.of(distributed.group.WORLD).from_first(lambda: 1 / 0)
+    with pytest.raises(ValueError, match="invalid literal"):
+        Share.of(distributed.group.WORLD).from_first(lambda: int("none"))
     model = build_model("paligemma2").double()
     mine = in_double(make_batches("paligemma2", sizes=SIZES))[rank::2]
     for name, options in CASES.items():

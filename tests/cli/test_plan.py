@@ -65,6 +65,13 @@ def test_a_training_is_itemised(capsys, small):
     assert "what lowers the peak" not in text
 
 
+def test_what_a_plan_is_not_of_is_noted(capsys, comparison, small):
+    override = '{"fsdp": true, "reference_interval": 4}'
+    text = plan(capsys, "--config", comparison, "--only", "aegis", "--model_config", small, "--override", override)
+    assert "note: the recipe asks for FSDP, and this is what one device would take alone, with nothing sharded" in text
+    assert "note: operations are a mean: one backward pass in 4 computes a reference" in text
+
+
 @pytest.mark.slow
 def test_advice_is_given_where_it_is_asked_for(capsys, small):
     override = '{"vqa_samples": 0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}'

@@ -122,6 +122,17 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
         parse_recipe((First,), ["--config", str(path)])
 
 
+@pytest.mark.parametrize(("written", "expected"), [("true", True), ("false", False), ("null", None)])
+def test_fsdp_is_asked_for_as_in_python(tmp_path, written, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nfsdp: {written}\n")
+    _, args = build_parser().parse_args(["train", "--config", str(path)]).recipe
+    assert args.fsdp is expected
+    path.write_text(f"output_dir: {tmp_path}\nfsdp: 1\n")
+    with pytest.raises(ValueError, match="key 'fsdp' is 1, expected str or null or bool"):
+        build_parser().parse_args(["train", "--config", str(path)])
+
+
 def test_a_recipe_sets_no_environment_variables(parse, monkeypatch):
     monkeypatch.delenv("HF_AEGIS_RECIPE_TEST", raising=False)
     with pytest.raises(ValueError, match=r"unknown keys \['env'\]"):

@@ -202,14 +202,27 @@ def test_layers_get_their_own_forward_back(make_case):
     assert layers[1].forward is own
 
 
+@pytest.mark.parametrize("kind", ["llama", "paligemma2"])
+def test_a_decoders_cache_is_off_within_the_block(kind, make_case):
+    """As it is on in configurations by default, and the Trainer turns off that of the outermost alone."""
+    case = make_case(kind, torch.float32, size=4)
+    expected = step(case, GradientShield(case.model, case.anchor, reference_share=0.5))
+    config = case.model.config.get_text_config()
+    config.use_cache = True
+    found = step(case, GradientShield(case.model, case.anchor, reference_share=0.5))
+    assert config.use_cache is True
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_what_cannot_be_split_is_refused(make_case):
     case = make_case("llama", size=4)
-    case.model.config.use_cache = True
     with (
         pytest.raises(ValueError, match=r"called with a DynamicCache, .*use_cache=False"),
         GradientShield(case.model, case.anchor, reference_share=0.5),
     ):
-        case.loss()
+        case.model(**case.batch, use_cache=True)
     for options, message in (
         ({"reference_share": 0.5, "dual_backward": "two_pass"}, 'reference_share=0.5 needs dual_backward="streaming"'),
         ({"reference_share": 0.0}, r"reference_share must lie in \(0, 1\], found 0.0"),

@@ -162,6 +162,10 @@ def test_a_resumed_run_goes_on_counting(train, tmp_path, restore):
     assert resumed.state.log_history[-2]["skipped_steps"] == 1
 
     state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    # As before there was such a figure.
+    state.write_text(state.read_text().replace('"processor_seconds"', '"other"'))
+    with pytest.raises(ValueError, match=r"a state of ResourceCallback without \['processor_seconds'\], found \["):
+        train(resume=str(state.parent), callbacks=[ResourceCallback()], **options)
     state.write_text(state.read_text().replace("NonFiniteGuard", "SomethingElse"))
     with pytest.raises(ValueError, match="step 3 holds no state of NonFiniteGuard"):
         train(resume=str(state.parent), **options)

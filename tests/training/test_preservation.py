@@ -417,6 +417,7 @@ def test_the_figures_are_logged(train, tmp_path):
         ({"reference_share": 0.0}, "reference_share must lie in (0, 1], found 0.0"),
         ({"reference_share": 0.5, "dual_backward": "two_pass"}, "reference_share=0.5 needs dual_backward"),
         ({"reference_share": 0.5, "per_device_train_batch_size": 1}, "has no effect with per_device_train_batch_size"),
+        ({"reference_share": 0.9, "per_device_train_batch_size": 2}, "has no effect with per_device_train_batch_size"),
         ({"preserve": "none", "reference_interval": 2}, "reference_interval=2 has no effect with"),
         ({**REPLAYED, "reference_share": 0.5}, "reference_share=0.5 has no effect with reference"),
         ({"restoring": -1.0}, "restoring must be finite and not negative"),

@@ -31,6 +31,10 @@ def test_deepspeed_is_refused_without_a_projection_too(make_language_model, make
         ({"reference_share": 0.5}, "reference_interval=1, reference_share=0.5, which are of the"),
         ({"neuron_cosine_steps": 5}, "neuron_cosine_steps"),
         ({"optim": "adamw_bnb_8bit"}, "the optimiser adamw_bnb_8bit"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}},
+            r'activation_checkpointing_kwargs=\{"offload": True\}, which is not tested here',
+        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"torch_compile": True}, "torch.compile"),
     ],

@@ -19,6 +19,7 @@ from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.planning.held_shapes import HeldDirections, directions_of, most_directions
 from hf_aegis.training.run_arguments import RunArguments
+from hf_aegis.training.unsupported import asks_for_fsdp
 
 
 # Questions asked at a time in training: the default of `VQAHoldout`.
@@ -132,6 +133,16 @@ class RecipeWorkload:
             found.append("the key-value cache of generated answers is not counted")
         if self.args.checkpointing_options.get("offload"):
             found.append("activations that are offloaded to the host are counted as if they were not")
+        if asks_for_fsdp(self.args):
+            found.append(
+                "the recipe asks for FSDP, and this is what one device would take alone, with nothing sharded; what "
+                "each of several takes is not planned"
+            )
+        if (interval := self.args.reference_interval) > 1:
+            found.append(
+                f"operations are a mean: one backward pass in {interval} computes a reference, and takes more than "
+                "the others"
+            )
         if device == "cpu" and self.args.bf16:
             found.append(
                 "what oneDNN compiles and keeps for each shape of a product in bfloat16 is not counted: tens of MB"

@@ -48,7 +48,9 @@ class Rehearsal:
     Attributes:
         peak ([`Peak`]): The moment of most memory while training, evaluations included.
         phases (`dict[str, Peak]`): The same for each of [`PHASES`].
-        flops (`dict[str, int]`): Floating-point operations of one optimiser step by phase, all micro-batches together.
+        flops (`dict[str, int]`):
+            Floating-point operations of one optimiser step by phase, all micro-batches together; with a
+            `reference_interval` their mean over steps that compute a reference and steps that do not.
         trainable_parameters, parameters (`int`): Their numbers.
     """
 

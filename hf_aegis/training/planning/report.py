@@ -73,10 +73,15 @@ def largest_batch(by_batch: Mapping[int, Mapping[str, int]], available: float) -
     Returns:
         `int`: 0 if not even one sample fits; the largest planned one if all fit and no phase depends on the batch.
     """
+    most = _crossing(by_batch, available)
+    return max(by_batch) if most == math.inf else max(0, math.floor(most))
+
+
+def _crossing(by_batch: Mapping[int, Mapping[str, int]], available: float) -> float:
+    """The batch at which the first phase takes all that is available; infinity if none ever does."""
     sizes = sorted(by_batch)
     phases = (([(size, by_batch[size][phase]) for size in sizes]) for phase in by_batch[sizes[0]])
-    most = min(_largest(peaks, available) for peaks in phases)
-    return sizes[-1] if most == math.inf else max(0, math.floor(most))
+    return min(_largest(peaks, available) for peaks in phases)
 
 
 def _largest(peaks: list[tuple[int, int]], available: float) -> float:
@@ -131,6 +136,9 @@ def size(count: float) -> str:
 
 
 def _verdict(plan: ConditionPlan, gib: float) -> str:
-    most = largest_batch(plan.by_batch, gib * GIB - ALLOWANCE)
-    fits = "fits" if plan.fits(gib) else "does not fit"
-    return f"{gib:g} GiB: {fits}; largest batch per device about {most}" if most else f"{gib:g} GiB: does not fit"
+    available = gib * GIB - ALLOWANCE
+    most = largest_batch(plan.by_batch, available)
+    if not most:
+        return f"{gib:g} GiB: does not fit"
+    about = "about" if _crossing(plan.by_batch, available) < math.inf else "at least"
+    return f"{gib:g} GiB: {'fits' if plan.fits(gib) else 'does not fit'}; largest batch per device {about} {most}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_aegis.training import AEGISTrainer
-from hf_aegis.training.out_of_memory import TrainingOutOfMemoryError, is_out_of_memory
+from hf_aegis.training.out_of_memory import TrainingOutOfMemoryError, advice_for, is_out_of_memory
 
 
 def failing(message, error=torch.OutOfMemoryError):
@@ -42,6 +42,27 @@ def test_the_error_says_what_would_help_and_by_how_much(make_language_model, mak
     # Planning touches neither arguments nor weights.
     assert trainer.args.per_device_train_batch_size == 4
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, IndexError, MemoryError])
+def test_a_planner_that_fails_hides_nothing(
+    make_language_model, make_anchor, token_dataset, make_args, monkeypatch, error
+):
+    trainer = make_trainer(make_language_model, make_anchor, token_dataset, make_args)
+    trainer.optimizer.step = failing("CUDA out of memory")
+    monkeypatch.setattr("hf_aegis.training.planning.rehearsal.rehearse", failing("no such shape", error))
+    with pytest.raises(TrainingOutOfMemoryError, match=r"^CUDA out of memory\n") as caught:
+        trainer.train()
+    assert f"The planner cannot say what would help with this model: {error.__name__}: " in str(caught.value)
+    assert "no such shape" in str(caught.value)
+
+
+def test_nothing_is_planned_under_fsdp(make_language_model, make_anchor, token_dataset, make_args, monkeypatch):
+    trainer = make_trainer(make_language_model, make_anchor, token_dataset, make_args)
+    monkeypatch.setattr("hf_aegis.training.planning.rehearsal.rehearse", failing("planned", AssertionError))
+    # accelerate shards over accelerators alone.
+    trainer.is_fsdp_enabled = True
+    assert advice_for(trainer).startswith("The planner does not know what a process takes under FSDP.")
 
 
 def test_the_hosts_allocator_counts_too():

@@ -22,10 +22,10 @@ from hf_aegis.training.planning.assumed_values import AssumedValues
 from hf_aegis.training.planning.flop_log import FlopLog
 from hf_aegis.training.planning.optimizer_shapes import make_optimizer
 from hf_aegis.training.planning.recipe_workload import RecipeWorkload
-from hf_aegis.training.planning.rehearsal import rehearse
-from hf_aegis.training.planning.report import largest_batch
+from hf_aegis.training.planning.rehearsal import Rehearsal, rehearse
+from hf_aegis.training.planning.report import GIB, ConditionPlan, itemised, largest_batch
 from hf_aegis.training.planning.shapes_of_model import without_values
-from hf_aegis.training.planning.storage_log import StorageLog
+from hf_aegis.training.planning.storage_log import Peak, StorageLog
 from hf_aegis.training.planning.vlm_shapes import paligemma2_3b, vlm_config
 from hf_aegis.training.resources import PHASES, PhaseMemory, peak_memory_mb, reset_peak_memory
 
@@ -174,6 +174,19 @@ def test_largest_batch_by_hand():
     assert largest_batch(peaks, 30) == 10
     assert largest_batch(peaks, 50) == 20
     assert largest_batch({1: {"optimizer": 30}, 8: {"optimizer": 30}}, 40) == 8
+
+
+def test_a_batch_that_no_peak_depends_on_is_no_largest_one():
+    def verdict(peaks):
+        peak = Peak("optimizer", max(peaks[8].values()))
+        found = Rehearsal(peak, {"optimizer": peak}, {}, 1, 1)
+        text = itemised(ConditionPlan("naive", "a model", found, peaks), [41])
+        return next(line for line in text.splitlines() if line.startswith("41 GiB"))
+
+    flat = {"optimizer": 30 * GIB}
+    assert verdict({1: flat, 8: flat}) == "41 GiB: fits; largest batch per device at least 8"
+    growing = {1: flat | {"backward": 12 * GIB}, 8: flat | {"backward": 26 * GIB}}
+    assert verdict(growing) == "41 GiB: fits; largest batch per device about 15"
 
 
 def test_what_is_not_gone_through_is_counted(tmp_path):
