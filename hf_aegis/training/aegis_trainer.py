@@ -384,6 +384,10 @@ class AEGISTrainer(HubTrainer):
                 groups += [{**group, "params": others}] if others else []
                 groups += [{**group, "params": mine, "lr": rate}] if mine else []
             optimizer.param_groups[:] = groups
+        if created and (overrides := getattr(optimizer, "mng", None)) is not None:
+            # bitsandbytes keeps settings of single weights for the whole process, by their place in an optimiser:
+            # those of an earlier training's embeddings would hold for whatever is in their place here.
+            overrides.index2config.clear()
         self.preservation.attach(optimizer)
         return optimizer
 
