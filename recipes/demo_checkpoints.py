@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shipped_policy import write_policy
+from shipped_policy import same_questions, write_policy
 
 from hf_aegis.assets import DEMO_CHECKPOINTS
 from hf_aegis.atomic_files import write_text
-from hf_aegis.data.vqa import load_easy_vqa
-from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.machine_paths import without_machine_paths
-from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
+from hf_aegis.models import PaliGemmaFlowForAction
 from hf_aegis.training.json_lines import METRICS_FILE, JSONLines
 
 
@@ -73,12 +71,7 @@ def ship(demo: Path, condition: str, folder: Path) -> dict[str, Any]:
         write_policy(run, staged)
         _write_curves(run, staged)
         write_text(staged / "recipe.yaml", without_machine_paths((run / "recipe.yaml").read_text()))
-        holdout = VQAHoldout(
-            load_easy_vqa(before["split"], before["max_samples"], before["seed"]),
-            PaliGemmaFlowProcessor.from_pretrained(staged),
-        )
-        if not holdout.fingerprint == before["fingerprint"] == result["fingerprints"]["vqa_final"]:
-            raise ValueError(f"{demo}: the questions of the demo are not those of this installation of easy-vqa")
+        holdout = same_questions(staged, before, result)
         model = PaliGemmaFlowForAction.from_pretrained(staged, dtype=torch.float32)
         after = holdout.evaluate(model).to_dict()
         scores = {

@@ -1,11 +1,15 @@
 """A policy as it ships: rounded to bfloat16, as few bytes as it takes, and no path of the machine it was made on."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.data.vqa import load_easy_vqa
+from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
@@ -33,3 +37,22 @@ def write_policy(run: Path, folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(settings.read_text()).items() if key not in _HOW_LOADED}
     write_text(settings, json.dumps(kept, indent=2) + "\n")
+
+
+def same_questions(policy: Path, before: Mapping[str, Any], result: Mapping[str, Any]) -> VQAHoldout:
+    """
+    The questions that were asked before a run and at its end, for the policy that ships.
+
+    Args:
+        policy (`Path`): Its folder.
+        before (`Mapping`): The comparison's `pretrained.json`.
+        result (`Mapping`): The run's `result.json`.
+
+    Raises:
+        ValueError: If this installation of easy-vqa has other questions.
+    """
+    questions = load_easy_vqa(before["split"], before["max_samples"], before["seed"])
+    holdout = VQAHoldout(questions, PaliGemmaFlowProcessor.from_pretrained(policy))
+    if not holdout.fingerprint == before["fingerprint"] == result["fingerprints"]["vqa_final"]:
+        raise ValueError("the questions that were asked are not those of this installation of easy-vqa")
+    return holdout
