@@ -14,7 +14,7 @@ EMBEDDED_VLM = _FOLDER / "paligemma2-easy-vqa"
 DEMONSTRATIONS = _FOLDER / "libero_demonstrations.hdf5"
 """Scripted demonstrations recorded in the LIBERO simulator, LIBERO format."""
 
-DEMO_CHECKPOINTS = {name: _FOLDER / "demo" / name for name in ("naive", "aegis", "pairs_90")}
+DEMO_CHECKPOINTS = {name: _FOLDER / "demo" / name for name in ("naive", "aegis", "held_pairs")}
 """Condition of `hf-aegis demo` -> folder of its policy, in bfloat16; written by `recipes/demo_checkpoints.py`."""
 
 ACTING_POLICY = _FOLDER / "acting"

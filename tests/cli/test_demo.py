@@ -148,7 +148,6 @@ def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys)
     assert logged.calls == [
         ("eval-vqa", "--output", f"{folder}/pretrained.json", "--max_samples", "60", "--seed", "0"),
         ("anchor", "--config", f"{folder}/anchors/easy_vqa.yaml"),
-        ("anchor", "--config", f"{folder}/anchors/easy_vqa_pairs.yaml"),
         *(("train", "--config", f"{folder}/runs/{name}/seed_3.yaml") for name in demo.CONDITIONS),
     ]
     naive, aegis, pairs = (
@@ -164,20 +163,25 @@ def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys)
     assert {key for key in naive.keys() | pairs.keys() if naive.get(key) != pairs.get(key)} == {
         "preserve",
         "subspace_sensitivity",
+        "learning_rate",
         "output_dir",
         "anchor",
     }
     assert yaml.safe_load((folder / "anchors" / "easy_vqa.yaml").read_text()) == {
         "num_samples": 3000,
+        "subspaces": True,
+        "subspace_energy": 1.0,
+        "sensitivity": True,
         "output_dir": aegis["anchor"],
     }
+    assert pairs["anchor"] == aegis["anchor"]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["pretrained"] == {
         "vqa_cross_entropy": 0.1,
         "vqa_accuracy": 0.9,
         "vqa_accuracy_by_type": {"color": 0.8},
     }
-    assert list(summary) == ["pretrained", "naive", "aegis", "pairs_90"]
+    assert list(summary) == ["pretrained", "naive", "aegis", "held_pairs"]
     merged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert merged == [
         {"condition": name, **record}
@@ -201,7 +205,7 @@ def test_defaults_are_those_of_the_module(commands, no_figures, tmp_path):
     assert str(demo.FINAL_QUESTIONS) in commands.calls[0]
 
 
-@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 5])
 def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands, no_figures, tmp_path, interrupt_at):
     commands.interrupt_at = interrupt_at
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +214,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
     assert not (tmp_path / "summary.json").exists()
     commands.interrupt_at = None
     run(tmp_path, "--max_steps", "20")
-    assert commands.commands == ["eval-vqa", "anchor", "anchor", "train", "train", "train"]
+    assert commands.commands == ["eval-vqa", "anchor", "train", "train", "train"]
     summary = (tmp_path / "summary.json").read_text()
     commands.calls.clear()
     assert run(tmp_path, "--max_steps", "20") == 0
@@ -218,7 +222,7 @@ def test_an_interrupted_demo_continues_and_a_finished_one_calls_nothing(commands
     assert (tmp_path / "summary.json").read_text() == summary
 
 
-@pytest.mark.parametrize("failing", ["eval-vqa", "anchor_easy_vqa_pairs", "naive_seed_0", "aegis_seed_0"])
+@pytest.mark.parametrize("failing", ["eval-vqa", "anchor_easy_vqa", "naive_seed_0", "aegis_seed_0"])
 def test_a_demo_ends_with_the_command_that_failed(commands, no_figures, tmp_path, failing):
     commands.failing = {failing}
     with pytest.raises(OSError, match="ended with code 1"):
@@ -254,7 +258,7 @@ def test_results_of_an_earlier_version_are_not_taken_for_these(commands, no_figu
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("hf_aegis.cli.demo.ANCHORS", {"easy_vqa": {}, "easy_vqa_pairs": {}}, "anchors is .*3000.* there and .* here"),
+        ("hf_aegis.cli.demo.ANCHORS", {"easy_vqa": {}}, "anchors is .*3000.* there and .* here"),
         ("hf_aegis.cli.demo.__version__", "9.9", "version is .* there and '9.9' here"),
     ],
 )
