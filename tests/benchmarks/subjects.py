@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from decoder import random_decoder
 from torch import nn
-from transformers import PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers import initialization as init
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
-from hf_aegis.models import PaliGemmaFlowForAction
+from hf_aegis.models import PaliGemmaFlowConfig, PaliGemmaFlowForAction
 from hf_aegis.training.planning.vlm_shapes import paligemma2_3b
 
 
@@ -32,7 +32,7 @@ class Subject:
 
 def build(arguments: argparse.Namespace, checkpointing: bool) -> Subject:
     """The subject of the size that is asked for."""
-    subject = _policy(arguments) if arguments.size == "paligemma2-3b" else _decoder(arguments)
+    subject = _decoder(arguments) if arguments.tokens else _policy(arguments)
     if checkpointing:
         model: Any = subject.model
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -49,10 +49,33 @@ def _decoder(arguments: argparse.Namespace) -> Subject:
     return Subject(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, anchor, arguments.width)
 
 
+def sliced(layers: int | None, vocabulary: int | None) -> tuple[PaliGemmaConfig, dict[str, Any]]:
+    """
+    PaliGemma2-3B at its real widths, and sizes of its action expert.
+
+    Args:
+        layers (`int`, *optional*):
+            Of the decoder; the vision tower and the expert have the same share of theirs. All by default.
+        vocabulary (`int`, *optional*):
+            Size of the embeddings, of which the flow loss looks few up and multiplies none. All by default.
+    """
+    config, expert = paligemma2_3b(), {"expert_num_layers": PaliGemmaFlowConfig.expert_num_layers}
+    text, vision = config.text_config, config.vision_config
+    if layers is not None:
+        share = layers / text.num_hidden_layers
+        text.num_hidden_layers = layers
+        text.layer_types = text.layer_types[:layers]
+        vision.num_hidden_layers = max(1, round(share * vision.num_hidden_layers))
+        expert["expert_num_layers"] = max(1, round(share * expert["expert_num_layers"]))
+    if vocabulary is not None:
+        text.vocab_size, config.image_token_id = vocabulary, vocabulary - 1
+    return config, expert
+
+
 def _policy(arguments: argparse.Namespace) -> Subject:
-    """PaliGemma2-3B with an action expert at its real shapes; two cameras, the vision tower frozen."""
+    """PaliGemma2-3B with an action expert, or a slice of it; two cameras, the vision tower frozen."""
     torch.manual_seed(0)
-    config = paligemma2_3b()
+    config, expert = sliced(arguments.layers, arguments.vocabulary)
     config._attn_implementation = dict.fromkeys(("", "text_config", "vision_config"), "eager")
     dtype = getattr(torch, arguments.dtype)
     before = torch.get_default_dtype()
@@ -66,7 +89,7 @@ def _policy(arguments: argparse.Namespace) -> Subject:
     with torch.no_grad():
         for parameter in vlm.parameters():
             parameter.normal_(std=0.02)
-    model = PaliGemmaFlowForAction.from_vlm(vlm).train()
+    model = PaliGemmaFlowForAction.from_vlm(vlm, **expert).train()
     model.freeze_vision_tower()
     image_tokens, size = 2 * 256, arguments.batch
     ids = torch.randint(1000, (size, image_tokens + arguments.text_tokens), device=arguments.device)
