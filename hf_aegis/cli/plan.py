@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, recipe in recipes.items():
         workload = _workload(recipe, arguments)
         size = workload.args.per_device_train_batch_size
-        # Far enough that the larger batches are not read off the cost of the first few samples.
-        others = () if is_comparison else {1, 4 * size} - {size}
+        # Of two batches of more than one sample the largest that fits can be told.
+        others = () if is_comparison else (2, 8) if size == 1 else (4 * size,)
         plans.append(_plan(name, workload, arguments, others))
         if not alone and not is_comparison:
             print(itemised(plans[-1], capacities))
@@ -139,14 +139,13 @@ def _plan(
 
     plan = rehearse(workload, arguments.device)
     size = workload.args.per_device_train_batch_size
-    found = {size: plan}
+    by_batch = {size: plan}
     for other in other_batches:
-        found[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
-    by_batch = {batch: {name: peak.bytes for name, peak in each.phases.items()} for batch, each in found.items()}
+        by_batch[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
     return ConditionPlan(
         name,
         workload.describe(arguments.device),
-        plan,
+        size,
         by_batch,
         tuple(workload.assumptions(arguments.device)),
         advise(workload, plan, arguments.device) if arguments.advice else None,
