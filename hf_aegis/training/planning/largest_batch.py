@@ -6,6 +6,16 @@ from collections.abc import Mapping
 import numpy as np
 
 
+def telling_batches(batch: int, reference_share: float = 1.0) -> tuple[int, int]:
+    """
+    Two batches whose plans tell the largest one, that of the recipe among them if it is large enough. A single row is
+    no matter of the same moments (where a dimension is one, a transposed copy is a view), nor is one of those that a
+    `reference_share` takes.
+    """
+    least = max(batch, math.ceil(2 / reference_share))
+    return least, 4 * least
+
+
 def largest_batch(by_batch: Mapping[int, Mapping[str, np.ndarray]], available: float) -> int | None:
     """
     The largest batch of which every moment fits.
@@ -16,8 +26,7 @@ def largest_batch(by_batch: Mapping[int, Mapping[str, np.ndarray]], available: f
 
     Args:
         by_batch (`Mapping[int, Mapping[str, numpy.ndarray]]`):
-            Bytes held at each moment of each phase, `(moments,)`, in two batches of more than one sample. (One sample
-            is no matter of the same moments: where a dimension is one, a transposed copy is a view.)
+            Bytes held at each moment of each phase, `(moments,)`, in two batches; see [`telling_batches`].
         available (`float`): Bytes.
 
     Returns:

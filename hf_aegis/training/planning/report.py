@@ -29,8 +29,7 @@ class ConditionPlan:
         description (`str`): Model, batch, dtype, optimiser.
         batch (`int`): The recipe's, of a device.
         by_batch (`dict[int, Rehearsal]`):
-            The plan of that batch, and of more where the largest that fits is to be told: of two of more than one
-            sample, that of the recipe among them unless it is one.
+            The plan of that batch, and of more where the largest that fits is to be told, from the two largest.
         notes (`tuple[str, ...]`): What was assumed.
         advice (`list[Advice]`, *optional*): Where it was asked for.
     """
@@ -58,11 +57,12 @@ class ConditionPlan:
         Raises:
             ValueError: If it is not to be told from the plans that there are.
         """
-        several = {size: plan.held for size, plan in self.by_batch.items() if size > 1}
-        most = largest_batch(several, gib * GIB - ALLOWANCE)
+        most = largest_batch(
+            {size: self.by_batch[size].held for size in sorted(self.by_batch)[-2:]}, gib * GIB - ALLOWANCE
+        )
         if most is None:
             return None
-        # A single sample, which is not on the others' lines, was planned by itself if it is the recipe's.
+        # The recipe's own batch was planned by itself, also where it is a single sample, which is not on the lines.
         return max(most, self.batch) if self.fits(gib) else min(most, self.batch - 1)
 
     def to_dict(self, capacities: Sequence[float]) -> dict[str, Any]:

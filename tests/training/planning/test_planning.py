@@ -21,7 +21,7 @@ from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.models import PaliGemmaFlowForAction
 from hf_aegis.training.planning.assumed_values import AssumedValues
 from hf_aegis.training.planning.flop_log import FlopLog
-from hf_aegis.training.planning.largest_batch import largest_batch
+from hf_aegis.training.planning.largest_batch import largest_batch, telling_batches
 from hf_aegis.training.planning.optimizer_shapes import make_optimizer
 from hf_aegis.training.planning.recipe_workload import RecipeWorkload
 from hf_aegis.training.planning.rehearsal import Rehearsal, rehearse
@@ -182,6 +182,11 @@ def test_largest_batch_by_hand():
     assert [largest_batch(found, available) for available in (30, 96)] == [8, 25]
     assert largest_batch(plans(optimizer=[flat]), 40) is None
     assert largest_batch(plans(optimizer=[flat]), 29) == 0
+
+
+def test_batches_that_tell_the_largest_have_more_than_one_row():
+    assert [telling_batches(batch) for batch in (1, 2, 8)] == [(2, 8), (2, 8), (8, 32)]
+    assert [telling_batches(batch, 0.25) for batch in (1, 8, 10)] == [(8, 32), (8, 32), (10, 40)]
 
 
 def test_plans_that_do_not_say_how_memory_grows_are_refused():
