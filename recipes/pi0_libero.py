@@ -10,14 +10,13 @@ the fine-tuned π0 with its processor in `model`, for transformers' own `from_pr
 folder gets `results.json`, `.csv` and `.md`.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
 import logging
 import shutil
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,13 +28,13 @@ from transformers import AutoProcessor, PI0Config, set_seed
 from hf_aegis.anchors import ActivationAnchor, SampleBatches, SubspaceOptions
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.atomic_files import write_text
-from hf_aegis.cli.comparison import refuse_other_settings
+from hf_aegis.cli.script_study import chosen_conditions, settings_with_earlier, study_parser, write_study_results
 from hf_aegis.data import LiberoDataset
 from hf_aegis.data.vqa import VQACollator, VQASample
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.models import PI0Collator, pi0_processor, pi0_vlm
-from hf_aegis.reports.results_table import RESULT_FILES, SETTINGS_FILE, collect_results, csv_table
+from hf_aegis.reports.results_table import SETTINGS_FILE
 from hf_aegis.training import AEGISConfig, AEGISTrainer
 from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.json_lines import finite_json
@@ -181,33 +180,17 @@ def write_settings(study: PI0Study, chosen: list[str]) -> None:
     Raises:
         ValueError: If a setting differs from that of what is there already.
     """
-    path = study.folder / SETTINGS_FILE
     whole = {k: v for k, v in dataclasses.asdict(study).items() if k not in ("output_dir", "conditions", "seeds")}
-    # Through JSON, so that what is compared with a file has the types that it has there.
-    own = json.loads(json.dumps({"study": whole, "conditions": {name: study.recipe(name) for name in chosen}}))
-    seeds = set(study.seeds)
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        refuse_other_settings(earlier["study"], own["study"], f"{study.folder} holds a study", "delete the folder")
-        for name, recipe in own["conditions"].items():
-            if (runs := study.folder / "runs" / name).exists():
-                noted = earlier["conditions"].get(name, recipe)
-                refuse_other_settings(noted, recipe, f"{runs} holds runs", "delete that folder")
-        own["conditions"] = {**earlier["conditions"], **own["conditions"]}
-        seeds |= set(earlier["seeds"])
-    write_text(path, json.dumps({"seeds": sorted(seeds), **own}, indent=2))
+    recipes = {name: study.recipe(name) for name in chosen}
+    noted = settings_with_earlier(study.folder, {"study": whole}, recipes, study.seeds)
+    write_text(study.folder / SETTINGS_FILE, json.dumps(noted, indent=2))
     written = yaml.safe_dump(without_machine_paths(dataclasses.asdict(study)), sort_keys=False)
     write_text(study.folder / "recipe.yaml", written)
 
 
 def write_tables(study: PI0Study) -> dict[str, Any]:
     """Writes `results.json`, `.csv` and `.md`, and returns the results."""
-    results = collect_results(study.folder)
-    results["before"] = json.loads((study.folder / "before.json").read_text())
-    texts = (json.dumps(results, indent=2, allow_nan=False), csv_table(results), markdown_table(results, COLUMNS))
-    for name, text in zip(RESULT_FILES, texts, strict=True):
-        write_text(study.folder / name, text)
-    return results
+    return write_study_results(study.folder, partial(markdown_table, columns=COLUMNS))
 
 
 def run_study(study: PI0Study, only: list[str] | None = None) -> dict[str, Any]:
@@ -217,9 +200,7 @@ def run_study(study: PI0Study, only: list[str] | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If `only` names no condition, another process works in the folder, or it holds other settings.
     """
-    if unknown := sorted(set(only or ()) - study.conditions.keys()):
-        raise ValueError(f"only: unknown conditions {unknown}, expected some of {list(study.conditions)}")
-    chosen = [name for name in study.conditions if only is None or name in only]
+    chosen = chosen_conditions(study.conditions, only)
     arguments = {name: study.arguments(name, seed=0) for name in chosen}
     with locked_folder(study.folder):
         write_settings(study, chosen)
@@ -241,11 +222,7 @@ def run_study(study: PI0Study, only: list[str] | None = None) -> dict[str, Any]:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the recipe (YAML)")
-    parser.add_argument("--output_dir", help="in the place of the recipe's")
-    parser.add_argument("--only", nargs="+", metavar="CONDITION", help="the conditions to run now; default: all")
-    options = parser.parse_args()
+    options = study_parser(__doc__).parse_args()
     study = PI0Study.from_yaml(options.config)
     if options.output_dir is not None:
         study = dataclasses.replace(study, output_dir=options.output_dir)

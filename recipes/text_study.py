@@ -43,18 +43,15 @@ from transformers import (
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.atomic_files import replacing, write_text
-from hf_aegis.cli.comparison import refuse_other_settings
 from hf_aegis.cli.parent_process import PARENT_VARIABLE, end_with_parent
 from hf_aegis.cli.processes import available_cores
 from hf_aegis.cli.recipe import check_values, option_types, read_recipe, require_keys
+from hf_aegis.cli.script_study import chosen_conditions, settings_with_earlier, study_parser, write_study_results
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.reports.results_table import (
     FAILURES_FILE,
-    RESULT_FILES,
     SETTINGS_FILE,
     Column,
-    collect_results,
-    csv_table,
     measured_columns,
 )
 from hf_aegis.reports.style import condition_order
@@ -326,12 +323,7 @@ def fine_tune_all(config: StudyConfig, runs: list[tuple[str, int]], jobs: int, r
 
 def write_tables(config: StudyConfig) -> dict[str, Any]:
     """Writes `results.json`, `.csv` and `.md`, and returns the results."""
-    results = collect_results(config.folder)
-    results["before"] = json.loads((config.folder / "before.json").read_text())
-    texts = (json.dumps(results, indent=2, allow_nan=False), csv_table(results), markdown_table(results))
-    for name, text in zip(RESULT_FILES, texts, strict=True):
-        write_text(config.folder / name, text)
-    return results
+    return write_study_results(config.folder, markdown_table)
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -369,36 +361,16 @@ def write_settings(config: StudyConfig, about: Mapping[str, Any], chosen: list[s
     Raises:
         ValueError: If a setting differs from that of what is there already.
     """
-    path = config.folder / SETTINGS_FILE
-    # Through JSON, so that what is compared with a file has the types that it has there.
-    own = json.loads(
-        json.dumps(
-            {
-                "corpora": about,
-                "study": config.to_dict("output_dir", "seeds", "training", "conditions", "jobs"),
-                "conditions": {name: config.recipe(name) for name in chosen},
-            }
-        )
-    )
-    seeds = set(config.seeds)
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for part in ("corpora", "study"):
-            refuse_other_settings(earlier[part], own[part], f"{config.folder} holds a study", "delete the folder")
-        for name, recipe in own["conditions"].items():
-            if (runs := config.folder / "runs" / name).exists():
-                noted = earlier["conditions"].get(name, recipe)
-                refuse_other_settings(noted, recipe, f"{runs} holds runs", "delete that folder")
-        own["conditions"] = {**earlier["conditions"], **own["conditions"]}
-        seeds |= set(earlier["seeds"])
+    whole = config.to_dict("output_dir", "seeds", "training", "conditions", "jobs")
+    recipes = {name: config.recipe(name) for name in chosen}
+    own = settings_with_earlier(config.folder, {"corpora": about, "study": whole}, recipes, config.seeds)
     own["conditions"] = {name: own["conditions"][name] for name in condition_order(own["conditions"])}
     noted = {
         "command": without_machine_paths(shlex.join(["python", *sys.argv])),
         "machine": {"cores": available_cores(), "jobs": jobs, "threads": 1},
-        "seeds": sorted(seeds),
         **own,
     }
-    write_text(path, json.dumps(noted, indent=2))
+    write_text(config.folder / SETTINGS_FILE, json.dumps(noted, indent=2))
     write_text(config.folder / RECIPE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
@@ -409,9 +381,7 @@ def study(config: StudyConfig, only: list[str] | None = None, runner: Runner = i
     Raises:
         ValueError: If `only` names no condition, another process works in the folder, or it holds other settings.
     """
-    if unknown := sorted(set(only or ()) - config.conditions.keys()):
-        raise ValueError(f"only: unknown conditions {unknown}, expected some of {list(config.conditions)}")
-    chosen = [name for name in config.conditions if only is None or name in only]
+    chosen = chosen_conditions(config.conditions, only)
     # Seed by seed, so that a study under way already says something of every condition.
     runs = [(name, seed) for seed in config.seeds for name in chosen]
     jobs = min(config.jobs or available_cores(), len(runs))
@@ -427,10 +397,7 @@ def study(config: StudyConfig, only: list[str] | None = None, runner: Runner = i
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the recipe (YAML)")
-    parser.add_argument("--output_dir", help="in the place of the recipe's")
-    parser.add_argument("--only", nargs="+", metavar="CONDITION", help="the conditions to run now; default: all")
+    parser = study_parser(__doc__)
     parser.add_argument("--run", nargs=2, metavar=("CONDITION", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = StudyConfig.from_yaml(options.config)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.fingerprint import MOMENTS_POLICIES, decoder_config
-from hf_aegis.anchors.layer_moments import LayerMoments
 from hf_aegis.anchors.linear_layers.inputs import LinearInputs
+from hf_aegis.anchors.moments_observer import MomentsObserver
 from hf_aegis.anchors.moments_over_batches import CollectedMoments, MomentsOverBatches
 from hf_aegis.anchors.passes import Passes
 from hf_aegis.anchors.token_kinds import check_tokens, find_image_token_id, select_tokens
@@ -41,7 +41,7 @@ def collect_moments(
     check_tokens(tokens)
     passes = passes or Passes()
     image_token_id = None if tokens == "all" else find_image_token_id(model)
-    observer = LayerMoments(layers)
+    observer = MomentsObserver(layers)
     device = input_device(model)
     # The language-model head often costs more than all the layers, and its logits are thrown away.
     skips_logits = "logits_to_keep" in inspect.signature(unwrap_model(model).forward).parameters

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: If a recipe does not fit, or its memory is not known here.
     """
     from hf_aegis.cli.text_table import text_table
+    from hf_aegis.training.planning.largest_batch import telling_batches
     from hf_aegis.training.planning.report import CAPACITIES, itemised
 
     capacities = arguments.capacities or list(CAPACITIES)
@@ -52,9 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, recipe in recipes.items():
         workload = _workload(recipe, arguments)
         size = workload.args.per_device_train_batch_size
-        # Far enough that the larger batches are not read off the cost of the first few samples.
-        others = () if is_comparison else {1, 4 * size} - {size}
-        plans.append(_plan(name, workload, arguments, others))
+        batches = () if is_comparison else telling_batches(size, workload.args.reference_share)
+        plans.append(_plan(name, workload, arguments, batches))
         if not alone and not is_comparison:
             print(itemised(plans[-1], capacities))
         elif is_comparison:
@@ -131,7 +131,7 @@ def _workload(recipe: dict[str, Any], arguments: argparse.Namespace) -> "RecipeW
 
 
 def _plan(
-    name: str, workload: "RecipeWorkload", arguments: argparse.Namespace, other_batches: Iterable[int] = ()
+    name: str, workload: "RecipeWorkload", arguments: argparse.Namespace, batches: Iterable[int]
 ) -> "ConditionPlan":
     from hf_aegis.training.planning.advice import advise
     from hf_aegis.training.planning.rehearsal import rehearse
@@ -139,14 +139,13 @@ def _plan(
 
     plan = rehearse(workload, arguments.device)
     size = workload.args.per_device_train_batch_size
-    found = {size: plan}
-    for other in other_batches:
-        found[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
-    by_batch = {batch: {name: peak.bytes for name, peak in each.phases.items()} for batch, each in found.items()}
+    by_batch = {size: plan}
+    for other in sorted({*batches} - {size}):
+        by_batch[other] = rehearse(workload.changed({"per_device_train_batch_size": other}), arguments.device)
     return ConditionPlan(
         name,
         workload.describe(arguments.device),
-        plan,
+        size,
         by_batch,
         tuple(workload.assumptions(arguments.device)),
         advise(workload, plan, arguments.device) if arguments.advice else None,

@@ -248,11 +248,13 @@ class LiberoDataset(Dataset):
     def _frames_of(self, file: h5py.File, episode: _Episode, camera: str) -> h5py.Dataset:
         # To find and open a dataset takes several times as long as to read a frame of it.
         key = episode.file, f"{episode.path}/obs/{frames_key(camera, episode.convention)}"
-        if key not in self._frames:
+        frames = self._frames.pop(key, None)
+        if frames is None:
             if len(self._frames) >= _OPEN_FRAMES:
                 del self._frames[next(iter(self._frames))]
-            self._frames[key] = file[key[1]]
-        return self._frames[key]
+            frames = file[key[1]]
+        self._frames[key] = frames  # to the end: the first one is what was not used for longest
+        return frames
 
     def _open(self, file: str) -> h5py.File:
         # A handle inherited over a fork shares its file descriptor with the parent: each process opens its own.

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, PaliGemmaProcessor, PreTra
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.anchors.layer_moments import LayerMoments
+from hf_aegis.anchors.moments_observer import MomentsObserver
 from hf_aegis.assets import DEMONSTRATIONS
 from hf_aegis.cli import anchor as command
 from hf_aegis.cli import main
@@ -105,7 +105,7 @@ def test_an_interrupted_collection_continues(tiny_vlm, tmp_path, monkeypatch, ca
     expected, folder = tmp_path / "expected", tmp_path / "anchor"
     assert main([*options, "--output_dir", str(expected)]) == 0
     seen = []
-    reduce = LayerMoments.batch_moments
+    reduce = MomentsObserver.batch_moments
 
     def interrupted(self, number):
         seen.append(number)
@@ -113,7 +113,7 @@ def test_an_interrupted_collection_continues(tiny_vlm, tmp_path, monkeypatch, ca
             raise KeyboardInterrupt
         return reduce(self, number)
 
-    monkeypatch.setattr(LayerMoments, "batch_moments", interrupted)
+    monkeypatch.setattr(MomentsObserver, "batch_moments", interrupted)
     assert main([*options, "--output_dir", str(folder)]) == 130
     assert "start it again to continue" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["partial"]

@@ -1,165 +1,101 @@
 """
-What a training step of transformers' π0 costs at its published widths: naive, and with AEGIS's dual backward in its
-two forms.
-
-First the whole model is counted from shapes alone, on the meta device: parameters, and the floating-point operations
-of a naive step. Then a random π0 with `--layers` of its 18 layers (and as large a part of the vision tower's) trains
-on `--device`; the forms take turns, so that the machine's drift hits them alike. On a GPU with 80 GB:
-
-    python tests/benchmarks/pi0_step.py --device cuda --layers 18 --vocabulary 257152 --batch 8
-
-Weights are float32, as in `recipes/pi0_libero.yaml`; `--autocast` computes in bfloat16. There is no optimiser.
+What fine-tuning transformers' π0 at its published shapes takes under conditions of `recipes/pi0_libero.yaml`:
+parameters, peak memory and floating-point operations of a step, as `hf-aegis plan` counts them, from shapes alone; it
+reads recipes of `train` and `compare`, and this one is its own script's. `training_step.py` times steps,
+with `--size pi0-slice`, or with `--size pi0` on a GPU.
 """
 
 import argparse
-import contextlib
-import json
-import statistics
-import time
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PI0Config, PI0ForConditionalGeneration
+import yaml
+from subjects import PI0_LAYERS, make_pi0, pi0_batch
+from torch import Tensor, nn
+from transformers import PI0Config
 
 from hf_aegis.anchors import ActivationAnchor
-from hf_aegis.gradients import GradientShield
-from hf_aegis.models import pi0_vlm
-from hf_aegis.training.resources import peak_memory_mb, reset_peak_memory
+from hf_aegis.anchors.fingerprint import AnchorFingerprint
+from hf_aegis.training import AEGISConfig
+from hf_aegis.training.planning.held_shapes import HeldDirections
+from hf_aegis.training.planning.rehearsal import rehearse
+from hf_aegis.training.planning.workload import ChangeableWorkload, tensors_like
 
 
-FORMS = ("naive", "two_pass", "streaming")
-WHOLE = PI0Config().dit_config.num_hidden_layers
-PATCHES = 256  # tokens of an image
+RECIPE = Path(__file__).parents[2] / "recipes" / "pi0_libero.yaml"
+CONDITIONS = ("naive", "aegis_two_pass", "aegis")
 
 
-def build(layers: int, vocabulary: int) -> PI0ForConditionalGeneration:
-    """A random π0 whose vision tower is frozen, and whose expert's unused embeddings are."""
-    config = PI0Config()
-    text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
-    vision.num_hidden_layers = max(1, round(vision.num_hidden_layers * layers / WHOLE))
-    text.num_hidden_layers = config.dit_config.num_hidden_layers = layers
-    text.vocab_size = config.dit_config.vocab_size = vocabulary
-    config.vlm_config.image_token_id = vocabulary
-    model = PI0ForConditionalGeneration._from_config(config, attn_implementation="eager")
-    model.model.vlm.vision_tower.requires_grad_(False)
-    model.model.dit.embed_tokens.requires_grad_(False)
-    return model
+class PI0Workload(ChangeableWorkload):
+    """
+    A [`Workload`] of stock π0, with neither questions nor anything held.
 
+    Args:
+        args ([`AEGISConfig`]): Of the training.
+        cameras, words (`int`): Pictures of a sample, and tokens of its instruction.
+    """
 
-def make_batch(model: PI0ForConditionalGeneration, size: int, cameras: int, words: int) -> dict[str, torch.Tensor]:
-    """Random pictures and words, a state and a chunk of actions, on the default device."""
-    config = model.config
-    images = torch.full((size, cameras * PATCHES), config.vlm_config.image_token_id)
-    ids = torch.cat([images, torch.randint(config.vlm_config.text_config.vocab_size, (size, words))], dim=1)
-    chunk = (size, config.chunk_size, config.max_action_dim)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(size, cameras, 3, 224, 224),
-        "pixel_attention_mask": torch.ones(size, cameras, dtype=torch.bool),
-        "state": torch.randn(size, config.max_state_dim),
-        "actions": torch.randn(chunk),
-        "noise": torch.randn(chunk),
-        "timestep": torch.rand(size),
-    }
+    goes_back = False
+    selected = 0
 
+    def __init__(self, args: AEGISConfig, cameras: int, words: int) -> None:
+        self.args, self.cameras, self.words = args, cameras, words
+        self.config = PI0Config()
+        shape = (PI0_LAYERS, self.config.vlm_config.text_config.hidden_size)
+        self._anchor = ActivationAnchor(
+            torch.zeros(shape), torch.ones(shape), AnchorFingerprint(*shape, "", "batch", 1, 1, 1)
+        )
 
-def count_whole(size: int, cameras: int, words: int) -> dict[str, float]:
-    """Parameters of the published π0, and the operations of its naive step, in TFLOP; nothing is computed."""
-    with torch.device("meta"):
-        model = build(WHOLE, PI0Config().vlm_config.text_config.vocab_size)
-        batch = make_batch(model, size, cameras, words)
-    with FlopCounterMode(display=False) as forward:
-        loss = model(**batch).loss
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    return {
-        "parameters": model.num_parameters(),
-        "trained": model.num_parameters(only_trainable=True),
-        "forward_tflop": forward.get_total_flops() / 1e12,
-        "backward_tflop": backward.get_total_flops() / 1e12,
-    }
+    def model(self) -> nn.Module:
+        with torch.device("meta"):
+            return make_pi0(PI0_LAYERS, self.config.vlm_config.text_config.vocab_size)
 
+    def anchor(self) -> ActivationAnchor:
+        return self._anchor
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Of each form: median milliseconds, ratios of time and processor time to naive, TFLOP, peak memory on a GPU."""
-    torch.manual_seed(0)
-    with torch.device(arguments.device):
-        model = build(arguments.layers, arguments.vocabulary)
-        batch = make_batch(model, arguments.batch, arguments.cameras, arguments.words)
-        other = make_batch(model, arguments.batch, 1, arguments.words)
-    questions = {name: other[name] for name in ("input_ids", "attention_mask")}
-    questions |= {"pixel_values": other["pixel_values"][:, 0], "token_type_ids": torch.zeros_like(other["input_ids"])}
-    anchor = ActivationAnchor.collect(pi0_vlm(model), [questions], progress=False)
-    shields = {form: GradientShield(model, anchor, dual_backward=form) for form in FORMS if form != "naive"}
-    autocast = torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=arguments.autocast)
+    def anchor_tensors(self) -> list[Tensor]:
+        return tensors_like(self._anchor) if self.args.needs_anchor else []
 
-    on_gpu = arguments.device != "cpu"
+    def directions(self, model: nn.Module) -> list[HeldDirections]:
+        raise ValueError("what is held of π0 is not planned here: it depends on its anchor")
 
-    def step(form: str) -> tuple[float, float, float | None]:
-        """Seconds, processor seconds, and on a GPU the peak memory in MB."""
-        if on_gpu:
-            torch.cuda.synchronize()
-            reset_peak_memory()
-        start = time.perf_counter(), time.process_time()
-        with shields.get(form, contextlib.nullcontext()):
-            with autocast:
-                loss = model(**batch).loss
-            loss.backward()
-        if on_gpu:
-            torch.cuda.synchronize()
-        took = time.perf_counter() - start[0], time.process_time() - start[1]
-        model.zero_grad()
-        return *took, peak_memory_mb() if on_gpu else None
+    def batch(self, size: int) -> dict[str, Tensor]:
+        return pi0_batch(self.config, size, self.cameras, self.words)
 
-    rows: list[dict[str, Any]] = []
-    for form in FORMS:
-        # What comes first is slower, and is counted instead.
-        with FlopCounterMode(display=False) as counter:
-            step(form)
-        rows.append({"form": form, "tflop": counter.get_total_flops() / 1e12})
-    rounds = [[step(form) for form in FORMS] for _ in range(arguments.repeats)]
-    for index, row in enumerate(rows):
-        row["step_ms"] = 1e3 * statistics.median(steps[index][0] for steps in rounds)
-        row["ratio"] = statistics.median(steps[index][0] / steps[0][0] for steps in rounds)
-        row["processor_ratio"] = statistics.median(steps[index][1] / steps[0][1] for steps in rounds)
-        row["peak_mb"] = max(steps[index][2] for steps in rounds) if on_gpu else None
-    return rows
+    def replayed(self, size: int) -> dict[str, Tensor]:
+        raise ValueError("replayed questions are not planned here")
+
+    def ask(self, model: nn.Module) -> None:
+        """Questions are not asked."""
 
 
 def main() -> None:
-    """Counts, measures, prints a Markdown table and writes the figures."""
+    """Counts, and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, help=f"default: {' '.join(CONDITIONS)}")
+    parser.add_argument("--batch", type=int, help="default: the recipe's")
     parser.add_argument("--cameras", type=int, default=2)
     parser.add_argument("--words", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--autocast", action="store_true")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    whole = count_whole(arguments.batch, arguments.cameras, arguments.words)
-    print(
-        f"π0, {WHOLE} layers: {whole['parameters']:,} parameters, {whole['trained']:,} of them trained. A naive step "
-        f"of {arguments.batch} × {arguments.cameras} cameras and {arguments.words} words: "
-        f"{whole['forward_tflop']:.2f} TFLOP forward, {whole['backward_tflop']:.2f} backward.\n"
-    )
-    rows = measure(arguments)
-    print(f"{arguments.layers} layers on {arguments.device}, torch {torch.__version__}:\n")
-    print("| step | ms | × naive | × naive, processor time | TFLOP | peak memory, MB |\n|---|---|---|---|---|---|")
-    for row in rows:
-        peak = "–" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    shared = recipe["training"] | {"use_cpu": not torch.cuda.is_available()}
+    if arguments.batch:
+        shared["per_device_train_batch_size"] = arguments.batch
+    print("| condition | parameters | trained | peak, GiB | TFLOP of a micro-batch | × the first |")
+    print("|---|---|---|---|---|---|")
+    first = None
+    for name in arguments.conditions:
+        with tempfile.TemporaryDirectory() as folder:
+            args = AEGISConfig(output_dir=folder, **(shared | recipe["conditions"][name]))
+        plan = rehearse(PI0Workload(args, arguments.cameras, arguments.words), "cuda")
+        operations = plan.step_flops / args.gradient_accumulation_steps / 1e12
+        first = first or operations
         print(
-            f"| {row['form']} | {row['step_ms']:.0f} | {row['ratio']:.2f} | {row['processor_ratio']:.2f} | "
-            f"{row['tflop']:.2f} | {peak} |"
+            f"| {name} | {plan.parameters:,} | {plan.trainable_parameters:,} | {plan.peak.bytes / 2**30:.2f} | "
+            f"{operations:.2f} | {operations / first:.2f} |",
+            flush=True,
         )
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "whole": whole, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

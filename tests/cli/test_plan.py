@@ -60,7 +60,7 @@ def test_a_training_is_itemised(capsys, small):
     for item in ("parameters", "optimiser state", "activations", "expert average", "operations of a step:"):
         assert item in text
     assert "0.5 GiB: does not fit" in text
-    assert "24 GiB: fits; largest batch per device about" in text
+    assert "24 GiB: fits; largest batch per device" in text
     assert "note: 2 cameras and 24 tokens of text are assumed for a sample" in text
     assert "what lowers the peak" not in text
 

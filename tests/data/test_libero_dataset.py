@@ -231,6 +231,19 @@ def test_few_datasets_stay_open_and_each_is_opened_once(libero_files, monkeypatc
         assert len(again._frames) == 2
 
 
+def test_what_was_not_used_for_longest_is_closed_first(libero_files, monkeypatch):
+    # One camera; three demonstrations, whose first items are these.
+    dataset = LiberoDataset(libero_files.write(lengths=(4, 4, 4)), chunk_size=3, cameras=["agentview_rgb"])
+    first, second, third = 0, len(dataset) // 3, 2 * len(dataset) // 3
+    monkeypatch.setattr(libero_dataset, "_OPEN_FRAMES", 2)
+    opened = []
+    original = h5py.Group.__getitem__
+    monkeypatch.setattr(h5py.Group, "__getitem__", lambda self, key: (opened.append(key), original(self, key))[1])
+    for index in (first, second, first, third, first):
+        dataset[index]
+    assert len(opened) == 3
+
+
 def test_what_is_done_to_an_item_does_not_reach_the_next(libero_files):
     dataset = LiberoDataset(libero_files.write(), chunk_size=3)
     before = dataset[1]

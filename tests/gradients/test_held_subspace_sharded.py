@@ -1,9 +1,6 @@
 """Holding weights that are sharded over processes; run as a script, this file is one of those processes."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -61,11 +58,8 @@ def test_columns_are_refused(mesh):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path / "store")] for rank in range(2)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+def test_two_processes_equal_one(run_processes):
+    run_processes(__file__, timeout=600)
 
 
 def _shard(model):
@@ -118,8 +112,7 @@ def _train_in_three_ways():
 
 
 if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+    distributed.init_process_group("gloo")
     init_device_mesh("cpu", (2,))
     _train_in_three_ways()
     distributed.destroy_process_group()

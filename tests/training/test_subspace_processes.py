@@ -1,8 +1,6 @@
 """The trainer holding subspaces under DDP; run as a script, this file is one of two processes."""
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,23 +15,9 @@ from hf_aegis.training import AEGISConfig, AEGISTrainer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sensitivity", [None, 0.9])
-def test_two_processes_equal_one(tmp_path, sensitivity):
+def test_two_processes_equal_one(tmp_path, sensitivity, run_processes):
     alone = train(tmp_path / "one", 4, sensitivity)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "two"), str(sensitivity)],
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_processes(__file__, tmp_path / "two", sensitivity, timeout=600)
     together = load_file(tmp_path / "two" / "weights.safetensors")
     start = dict(make_model().named_parameters())
     assert any(not torch.equal(alone[name], start[name]) for name in alone)

@@ -18,6 +18,7 @@ from hf_aegis.models import PaliGemmaFlowForAction
 from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.planning.held_shapes import HeldDirections, directions_of, most_directions
+from hf_aegis.training.planning.workload import ChangeableWorkload, tensors_like
 from hf_aegis.training.run_arguments import RunArguments
 from hf_aegis.training.unsupported import asks_for_fsdp
 
@@ -52,7 +53,7 @@ class Sizes:
                 raise ValueError(f"{name} must be at least 1, found {value}")
 
 
-class RecipeWorkload:
+class RecipeWorkload(ChangeableWorkload):
     """
     A [`Workload`] of `hf-aegis train`.
 
@@ -69,18 +70,8 @@ class RecipeWorkload:
         run.check()
         self.run, self.args, self.config, self.sizes = run, args, config, sizes or Sizes()
         self.goes_back = run.interpolates
-        self.dtype: torch.dtype | None = None
         self._anchor = self._read_anchor()
         self._moments = self._stand_in()
-
-    def changed(self, args: dict[str, Any], cast: torch.dtype | None = None) -> "RecipeWorkload":
-        """The same with other fields of its arguments, or with its weights in another dtype."""
-        changed = copy.copy(self)
-        changed.args = copy.copy(self.args)
-        for name, value in args.items():
-            setattr(changed.args, name, value)
-        changed.dtype = cast
-        return changed
 
     def _read_anchor(self) -> ActivationAnchor | None:
         """The anchor itself, if it is in a folder here: what it holds decides what is held."""
@@ -173,12 +164,7 @@ class RecipeWorkload:
     def anchor_tensors(self) -> list[Tensor]:
         if not self.args.needs_anchor:
             return []
-        if self._anchor is None:
-            return [torch.empty_like(t) for t in (self._moments.mean, self._moments.variance)]
-        anchor = self._anchor
-        held = [t for s in anchor.subspaces.values() for t in (s.basis, s.energies)]
-        held += [t for s in anchor.sensitivities.values() for t in (s.output_basis, s.sensitivities)]
-        return [torch.empty(t.shape, dtype=t.dtype) for t in (anchor.mean, anchor.variance, *held)]
+        return tensors_like(self._anchor or self._moments)
 
     def directions(self, model: nn.Module) -> list[HeldDirections]:
         if self._anchor is not None:

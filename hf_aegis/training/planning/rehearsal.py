@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class Rehearsal:
             Floating-point operations of one optimiser step by phase, all micro-batches together; with a
             `reference_interval` their mean over steps that compute a reference and steps that do not.
         trainable_parameters, parameters (`int`): Their numbers.
+        held (`dict[str, numpy.ndarray]`): Of each phase, the bytes held at each of its moments.
     """
 
     peak: Peak
@@ -59,6 +61,7 @@ class Rehearsal:
     flops: dict[str, int]
     trainable_parameters: int
     parameters: int
+    held: Mapping[str, np.ndarray] = field(repr=False, compare=False)
 
     @property
     def step_flops(self) -> int:
@@ -140,7 +143,9 @@ class _Stage:
                 self._evaluate(model)
         found = {name: self.log.peak(name) for name in PHASES}
         phases = {name: peak for name, peak in found.items() if peak is not None}
-        return Rehearsal(max(phases.values(), key=lambda peak: peak.bytes), phases, flops, trainable, parameters)
+        highest = max(phases.values(), key=lambda peak: peak.bytes)
+        held = {name: self.log.held(name) for name in phases}
+        return Rehearsal(highest, phases, flops, trainable, parameters, held)
 
     def _prepare(self, model: nn.Module) -> None:
         args = self.args

@@ -1,11 +1,11 @@
 """Plans as text: what a training takes, item by item, and where it fits."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_aegis.training.planning.advice import Advice
+from hf_aegis.training.planning.largest_batch import largest_batch
 from hf_aegis.training.planning.rehearsal import Rehearsal
 
 
@@ -27,71 +27,58 @@ class ConditionPlan:
     Attributes:
         name (`str`): The condition's, or the recipe's.
         description (`str`): Model, batch, dtype, optimiser.
-        plan ([`Rehearsal`]): At the recipe's batch.
-        by_batch (`dict[int, dict[str, int]]`): Peak bytes of each phase, by the batch of a device.
+        batch (`int`): The recipe's, of a device.
+        by_batch (`dict[int, Rehearsal]`):
+            The plan of that batch, and of more where the largest that fits is to be told, from the two largest.
         notes (`tuple[str, ...]`): What was assumed.
         advice (`list[Advice]`, *optional*): Where it was asked for.
     """
 
     name: str
     description: str
-    plan: Rehearsal
-    by_batch: Mapping[int, Mapping[str, int]]
+    batch: int
+    by_batch: Mapping[int, Rehearsal]
     notes: tuple[str, ...] = ()
     advice: Sequence[Advice] | None = None
+
+    @property
+    def plan(self) -> Rehearsal:
+        """Of the recipe's batch."""
+        return self.by_batch[self.batch]
 
     def fits(self, gib: float) -> bool:
         """Whether it fits into so much memory."""
         return self.plan.peak.bytes + ALLOWANCE <= gib * GIB
 
+    def largest_batch(self, gib: float) -> int | None:
+        """
+        The largest batch that fits into so much memory: 0 if none does, `None` if memory does not depend on it.
+
+        Raises:
+            ValueError: If it is not to be told from the plans that there are.
+        """
+        most = largest_batch(
+            {size: self.by_batch[size].held for size in sorted(self.by_batch)[-2:]}, gib * GIB - ALLOWANCE
+        )
+        if most is None:
+            return None
+        # The recipe's own batch was planned by itself, also where it is a single sample, which is not on the lines.
+        return max(most, self.batch) if self.fits(gib) else min(most, self.batch - 1)
+
     def to_dict(self, capacities: Sequence[float]) -> dict[str, Any]:
         """All figures; the largest batches where more than one was planned."""
         several = len(self.by_batch) > 1
-        largest = {f"{gib:g}": largest_batch(self.by_batch, gib * GIB - ALLOWANCE) for gib in capacities if several}
+        largest = {f"{gib:g}": self.largest_batch(gib) for gib in capacities if several}
         return {
             "name": self.name,
             "description": self.description,
             **self.plan.to_dict(),
-            "peak_bytes_by_batch": {size: max(phases.values()) for size, phases in self.by_batch.items()},
+            "peak_bytes_by_batch": {size: plan.peak.bytes for size, plan in self.by_batch.items()},
             "fits": {f"{gib:g}": self.fits(gib) for gib in capacities},
             **({"largest_batch": largest} if several else {}),
             "notes": list(self.notes),
             **({} if self.advice is None else {"advice": [vars(advice) for advice in self.advice]}),
         }
-
-
-def largest_batch(by_batch: Mapping[int, Mapping[str, int]], available: float) -> int:
-    """
-    The largest batch of which every phase fits, by straight lines through the planned ones.
-
-    Args:
-        by_batch (`Mapping[int, Mapping[str, int]]`):
-            Peak bytes of each phase by batch, of two batches at least. Between them a line lies above a phase's peak,
-            which is the largest of several linear terms; beyond the largest it may lie below.
-        available (`float`): Bytes.
-
-    Returns:
-        `int`: 0 if not even one sample fits; the largest planned one if all fit and no phase depends on the batch.
-    """
-    most = _crossing(by_batch, available)
-    return max(by_batch) if most == math.inf else max(0, math.floor(most))
-
-
-def _crossing(by_batch: Mapping[int, Mapping[str, int]], available: float) -> float:
-    """The batch at which the first phase takes all that is available; infinity if none ever does."""
-    sizes = sorted(by_batch)
-    phases = (([(size, by_batch[size][phase]) for size in sizes]) for phase in by_batch[sizes[0]])
-    return min(_largest(peaks, available) for peaks in phases)
-
-
-def _largest(peaks: list[tuple[int, int]], available: float) -> float:
-    """The batch at which a line through a phase's peaks meets what is available; infinity if it never does."""
-    above = next((index for index, (_, taken) in enumerate(peaks[1:], 1) if taken > available), len(peaks) - 1)
-    (smaller, less), (larger, more) = peaks[above - 1], peaks[above]
-    slope = (more - less) / (larger - smaller)
-    if slope <= 0:
-        return math.inf if more <= available else 0
-    return smaller + (available - less) / slope
 
 
 def itemised(plan: ConditionPlan, capacities: Sequence[float]) -> str:
@@ -136,9 +123,8 @@ def size(count: float) -> str:
 
 
 def _verdict(plan: ConditionPlan, gib: float) -> str:
-    available = gib * GIB - ALLOWANCE
-    most = largest_batch(plan.by_batch, available)
-    if not most:
-        return f"{gib:g} GiB: does not fit"
-    about = "about" if _crossing(plan.by_batch, available) < math.inf else "at least"
-    return f"{gib:g} GiB: {'fits' if plan.fits(gib) else 'does not fit'}; largest batch per device {about} {most}"
+    fits = "fits" if plan.fits(gib) else "does not fit"
+    most = plan.largest_batch(gib)
+    if most is None:
+        return f"{gib:g} GiB: {fits}, whatever the batch"
+    return f"{gib:g} GiB: {fits}" + (f"; largest batch per device {most}" if most else "")

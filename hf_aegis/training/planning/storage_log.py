@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -101,6 +102,11 @@ class StorageLog(TorchDispatchMode):
         for _, number, size in self._events[: at + 1]:
             items[self._kinds[number] or TEMPORARY] += size
         return Peak(self._events[at][0], most, {kind: size for kind, size in items.most_common() if size})
+
+    def held(self, phase: str) -> np.ndarray:
+        """Bytes held after each storage of a phase that came or went, `(events,)`."""
+        totals = np.cumsum([size for _, _, size in self._events], dtype=np.int64)
+        return totals[np.array([in_phase == phase for in_phase, _, _ in self._events], dtype=bool)]
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -1,6 +1,5 @@
 """The training that a trainer is in, as shapes."""
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,13 +7,14 @@ from torch import Tensor, nn
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.training.planning.held_shapes import HeldDirections, directions_of
+from hf_aegis.training.planning.workload import ChangeableWorkload, tensors_like
 
 
 if TYPE_CHECKING:
     from hf_aegis.training.aegis_trainer import AEGISTrainer
 
 
-class TrainerWorkload:
+class TrainerWorkload(ChangeableWorkload):
     """
     A [`Workload`] of what a trainer trains. Batches are like the given one, with as many samples as are asked for;
     what a boolean mask selects is assumed to be all.
@@ -27,7 +27,6 @@ class TrainerWorkload:
     def __init__(self, trainer: "AEGISTrainer", batch: dict[str, Any]) -> None:
         self.args = trainer.args
         self.goes_back = False
-        self.dtype: torch.dtype | None = None
         labels = batch.get("labels")
         self.selected = labels.numel() if isinstance(labels, Tensor) else 0
         self._trainer = trainer
@@ -35,15 +34,6 @@ class TrainerWorkload:
         self._size = next(iter(self._shapes.values()))[0][0]
         replay = trainer.preservation.replay
         self._replayed = {} if replay is None else _shapes(replay[0])
-
-    def changed(self, args: dict[str, Any], cast: torch.dtype | None = None) -> "TrainerWorkload":
-        """The same with other fields of its arguments, or with its weights in another dtype."""
-        changed = copy.copy(self)
-        changed.args = copy.copy(self.args)
-        for name, value in args.items():
-            setattr(changed.args, name, value)
-        changed.dtype = cast
-        return changed
 
     def model(self) -> nn.Module:
         return self._trainer.model
@@ -53,11 +43,7 @@ class TrainerWorkload:
 
     def anchor_tensors(self) -> list[Tensor]:
         anchor = self._trainer.anchor
-        if anchor is None:
-            return []
-        held = [t for s in anchor.subspaces.values() for t in (s.basis, s.energies)]
-        held += [t for s in anchor.sensitivities.values() for t in (s.output_basis, s.sensitivities)]
-        return [torch.empty(t.shape, dtype=t.dtype) for t in (anchor.mean, anchor.variance, *held)]
+        return [] if anchor is None else tensors_like(anchor)
 
     def directions(self, model: nn.Module) -> list[HeldDirections]:
         assert self._trainer.anchor is not None

@@ -1,7 +1,8 @@
 """What is planned: a model, batches and an anchor, as shapes."""
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,29 @@ class Workload(Protocol):
     def ask(self, model: nn.Module) -> None:
         """Evaluates the model on a batch of questions, if the training has any."""
         ...
+
+
+class ChangeableWorkload:
+    """The part of a [`Workload`] that can be had with other arguments."""
+
+    args: AEGISConfig
+    dtype: torch.dtype | None = None
+
+    def changed(self, args: dict[str, Any], cast: torch.dtype | None = None) -> Self:
+        """The same with other fields of its arguments, or with its weights in another dtype."""
+        changed = copy.copy(self)
+        changed.args = copy.copy(self.args)
+        for name, value in args.items():
+            setattr(changed.args, name, value)
+        changed.dtype = cast
+        return changed
+
+
+def tensors_like(anchor: ActivationAnchor) -> list[Tensor]:
+    """Tensors of the shapes of all that an anchor holds, without its values."""
+    held = [t for s in anchor.subspaces.values() for t in (s.basis, s.energies)]
+    held += [t for s in anchor.sensitivities.values() for t in (s.output_basis, s.sensitivities)]
+    return [torch.empty(t.shape, dtype=t.dtype) for t in (anchor.mean, anchor.variance, *held)]
 
 
 class PlannedPreservation(Preservation):

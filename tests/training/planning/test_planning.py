@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from planned_conditions import CONDITIONS, EXPERT, SIZES, arguments
@@ -20,10 +21,11 @@ from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.models import PaliGemmaFlowForAction
 from hf_aegis.training.planning.assumed_values import AssumedValues
 from hf_aegis.training.planning.flop_log import FlopLog
+from hf_aegis.training.planning.largest_batch import largest_batch, telling_batches
 from hf_aegis.training.planning.optimizer_shapes import make_optimizer
 from hf_aegis.training.planning.recipe_workload import RecipeWorkload
 from hf_aegis.training.planning.rehearsal import Rehearsal, rehearse
-from hf_aegis.training.planning.report import GIB, ConditionPlan, itemised, largest_batch
+from hf_aegis.training.planning.report import GIB, ConditionPlan, itemised
 from hf_aegis.training.planning.shapes_of_model import without_values
 from hf_aegis.training.planning.storage_log import Peak, StorageLog
 from hf_aegis.training.planning.vlm_shapes import paligemma2_3b, vlm_config
@@ -162,31 +164,69 @@ def test_an_optimiser_of_unknown_memory_is_refused(make_args, make_language_mode
 
 
 def test_largest_batch_by_hand():
+    def plans(**phases):
+        return {
+            size: {name: np.array([f(size) for f in moments]) for name, moments in phases.items()} for size in (2, 8)
+        }
+
     # 10 and 2 a sample.
-    peaks = {1: {"backward": 12}, 8: {"backward": 26}}
-    assert largest_batch(peaks, 11) == 0
-    assert largest_batch(peaks, 12) == 1
-    assert largest_batch(peaks, 17.9) == 3
-    assert largest_batch(peaks, 50) == 20
+    growing = lambda size: 10 + 2 * size  # noqa: E731
+    found = plans(backward=[growing])
+    assert [largest_batch(found, available) for available in (11, 12, 17.9, 50)] == [0, 1, 3, 20]
     # Where a phase that does not depend on the batch takes more, the others say how much larger it may be.
-    peaks = {1: {"backward": 12, "optimizer": 30}, 8: {"backward": 26, "optimizer": 30}}
-    assert largest_batch(peaks, 29) == 0
-    assert largest_batch(peaks, 30) == 10
-    assert largest_batch(peaks, 50) == 20
-    assert largest_batch({1: {"optimizer": 30}, 8: {"optimizer": 30}}, 40) == 8
+    flat = lambda size: 30  # noqa: E731
+    found = plans(backward=[growing], optimizer=[flat])
+    assert [largest_batch(found, available) for available in (29, 30, 50)] == [0, 10, 20]
+    # A moment that is not the highest in either plan is, further on.
+    found = plans(backward=[flat, lambda size: 4 * size - 4])
+    assert [largest_batch(found, available) for available in (30, 96)] == [8, 25]
+    assert largest_batch(plans(optimizer=[flat]), 40) is None
+    assert largest_batch(plans(optimizer=[flat]), 29) == 0
 
 
-def test_a_batch_that_no_peak_depends_on_is_no_largest_one():
-    def verdict(peaks):
-        peak = Peak("optimizer", max(peaks[8].values()))
-        found = Rehearsal(peak, {"optimizer": peak}, {}, 1, 1)
-        text = itemised(ConditionPlan("naive", "a model", found, peaks), [41])
-        return next(line for line in text.splitlines() if line.startswith("41 GiB"))
+def test_batches_that_tell_the_largest_have_more_than_one_row():
+    assert [telling_batches(batch) for batch in (1, 2, 8)] == [(2, 8), (2, 8), (8, 32)]
+    assert [telling_batches(batch, 0.25) for batch in (1, 8, 10)] == [(8, 32), (8, 32), (10, 40)]
 
-    flat = {"optimizer": 30 * GIB}
-    assert verdict({1: flat, 8: flat}) == "41 GiB: fits; largest batch per device at least 8"
-    growing = {1: flat | {"backward": 12 * GIB}, 8: flat | {"backward": 26 * GIB}}
-    assert verdict(growing) == "41 GiB: fits; largest batch per device about 15"
+
+def test_plans_that_do_not_say_how_memory_grows_are_refused():
+    one, other = {"backward": np.zeros(3)}, {"backward": np.zeros(4)}
+    with pytest.raises(ValueError, match=r"plans of two batches say how memory grows, found \[8\]"):
+        largest_batch({8: one}, 1)
+    with pytest.raises(
+        ValueError, match="steps of 2 and of 8 samples differ: 3 and 4 moments in the phase 'backward'"
+    ):
+        largest_batch({2: one, 8: other}, 1)
+
+
+def test_the_largest_batch_is_the_one_whose_own_plan_fits(tmp_path):
+    run, args = arguments("naive", str(tmp_path), samples=2)
+    config = vlm_config(None)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    workload = RecipeWorkload(run, args, config, SIZES)
+    plans = {
+        size: rehearse(workload.changed({"per_device_train_batch_size": size}), "cpu", evaluates=False)
+        for size in (2, 8, 30)
+    }
+    available = plans.pop(30).peak.bytes
+    held = {size: plan.held for size, plan in plans.items()}
+    assert [largest_batch(held, available), largest_batch(held, available - 1)] == [30, 29]
+
+
+def test_a_verdict_agrees_with_the_plan_of_its_own_batch():
+    def verdict(batch, peaks):
+        def rehearsal(taken):
+            peak = Peak("optimizer", taken)
+            return Rehearsal(peak, {"optimizer": peak}, {}, 1, 1, {"optimizer": np.array([taken])})
+
+        plan = ConditionPlan("naive", "a model", batch, {size: rehearsal(taken) for size, taken in peaks.items()})
+        return next(line for line in itemised(plan, [41]).splitlines() if line.startswith("41 GiB"))
+
+    assert verdict(8, {8: 30 * GIB, 32: 30 * GIB}) == "41 GiB: fits, whatever the batch"
+    assert verdict(8, {8: 26 * GIB, 32: 74 * GIB}) == "41 GiB: fits; largest batch per device 15"
+    assert verdict(32, {32: 74 * GIB, 128: 266 * GIB}) == "41 GiB: does not fit; largest batch per device 15"
+    assert verdict(8, {8: 60 * GIB, 32: 240 * GIB}) == "41 GiB: does not fit; largest batch per device 5"
+    assert verdict(1, {1: 50 * GIB, 2: 40 * GIB, 8: 46 * GIB}) == "41 GiB: does not fit"
 
 
 def test_what_is_not_gone_through_is_counted(tmp_path):

@@ -9,7 +9,7 @@ from hf_aegis.functional.moments import check_mask, token_moments
 from hf_aegis.hooks import removed_afterwards
 
 
-class LayerMoments:
+class MomentsObserver:
     """
     Forward hooks that reduce each layer's output to its moments over the tokens that count, on the layer's own device.
 
@@ -61,7 +61,7 @@ class LayerMoments:
 
     def batch_moments(self, batch_index: int) -> tuple[Tensor, Tensor, int]:
         """
-        What the hooks saw since [`~LayerMoments.start_batch`].
+        What the hooks saw since [`~MomentsObserver.start_batch`].
 
         Returns:
             `tuple[Tensor, Tensor, int]`: mean `(L, D)` and variance `(L, D)` as float64 on the CPU, and the number of
