@@ -55,10 +55,11 @@ test: setup lint  ## lint, type-check and run the test suite
 test-slow: setup  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
 
-# Old versions of packages warn of newer ones that they use.
+# Old versions of packages warn of newer ones that they use; torch 2.9 compiles with setuptools, but does not ask for it.
 test-lowest: setup  ## the library's tests with the lowest versions that pyproject.toml allows (minutes, 7 GB)
 	test -x $(VENV)-lowest/bin/python || $(BIN)/uv venv --quiet --python $(PYTHON) $(VENV)-lowest
 	$(BIN)/uv pip sync --quiet --python $(VENV)-lowest/bin/python requirements-lowest.lock
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python setuptools
 	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --no-deps --no-build-isolation --editable .
 	$(VENV)-lowest/bin/python -m pytest $(CORE_TESTS) -m "$(NOT_CORE)" -n 2 -q \
 		-W "ignore::pyparsing.warnings.PyparsingDeprecationWarning"
@@ -87,7 +88,7 @@ format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time and memory of steps (resumable, a page in tests/benchmarks/results), sampling, anchors, data loading
+bench: setup  ## steps, experts, sampling, anchors, data loading (resumable, a page in tests/benchmarks/results)
 	$(BIN)/python tests/benchmarks/training_step.py
 	$(BIN)/python tests/benchmarks/gse_step.py
 	$(BIN)/python tests/benchmarks/sampling.py

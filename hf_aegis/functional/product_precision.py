@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,9 @@ def full_precision_products(device: torch.device) -> Iterator[None]:
     Args:
         device (`torch.device`): Where the products are.
     """
-    backends = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+    # Its stubs leave oneDNN's matmul out.
+    mkldnn: Any = torch.backends.mkldnn
+    backends = {"cpu": mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
     with torch.autocast(device.type, enabled=False):
         if device.type not in backends:
             yield
