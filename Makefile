@@ -56,7 +56,7 @@ test-slow: setup  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
 
 # Old versions of packages warn of newer ones that they use; torch 2.9 compiles with setuptools, but does not ask for it.
-test-lowest: setup  ## the library's tests with the lowest versions that pyproject.toml allows (minutes, 7 GB)
+test-lowest: setup  ## the library's tests with the lowest versions that pyproject.toml allows (minutes, 8 GB)
 	test -x $(VENV)-lowest/bin/python || $(BIN)/uv venv --quiet --python $(PYTHON) $(VENV)-lowest
 	$(BIN)/uv pip sync --quiet --python $(VENV)-lowest/bin/python requirements-lowest.lock
 	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python setuptools
@@ -64,7 +64,7 @@ test-lowest: setup  ## the library's tests with the lowest versions that pyproje
 	$(VENV)-lowest/bin/python -m pytest $(CORE_TESTS) -m "$(NOT_CORE)" -n 2 -q \
 		-W "ignore::pyparsing.warnings.PyparsingDeprecationWarning"
 
-test-newest-python: setup  ## the same with the locked versions, on NEWEST_PYTHON (minutes, 7 GB)
+test-newest-python: setup  ## the same with the locked versions, on NEWEST_PYTHON (minutes, 8 GB)
 	test -x $(VENV)-newest/bin/python || $(BIN)/uv venv --quiet --python $(NEWEST_PYTHON) $(VENV)-newest
 	$(BIN)/uv pip sync --quiet --require-hashes --python $(VENV)-newest/bin/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(VENV)-newest/bin/python --no-deps --no-build-isolation --editable .
