@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -10,19 +11,23 @@ import torch
 def full_precision_products(device: torch.device) -> Iterator[None]:
     """
     Matrix products of float32 factors on a device are in float32 for the duration of the block, whatever autocast and
-    the setting of TF32 say: rounded to TF32 a product is right to a thousandth only. The settings are those of before
-    afterwards.
+    `torch.set_float32_matmul_precision` say: rounded to TF32 or bfloat16, which CPUs with matrix units do too, a
+    product is right to a thousandth only. The settings are those of before afterwards.
 
     Args:
         device (`torch.device`): Where the products are.
     """
+    # Its stubs leave oneDNN's matmul out.
+    mkldnn: Any = torch.backends.mkldnn
+    backends = {"cpu": mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
+        if device.type not in backends:
             yield
             return
-        precision = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        backend = backends[device.type]
+        precision = backend.fp32_precision
+        backend.fp32_precision = "ieee"
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+            backend.fp32_precision = precision

@@ -15,6 +15,7 @@ from hf_aegis.gradients.forward_pass import ForwardPass, LayerRecord, ReferenceP
 from hf_aegis.gradients.graph import GraphPiece, LayerLeakError, split_at_bottlenecks, walk_segment
 from hf_aegis.gradients.groups import ParameterGroups
 from hf_aegis.gradients.layer_entry import LayerEntry, in_backward
+from hf_aegis.gradients.reference import refuse_float16
 from hf_aegis.gradients.row_split import RowSplit
 from hf_aegis.gradients.token_mask import TokenMask
 
@@ -100,6 +101,7 @@ class PassRecorder:
             self.passes.append(ForwardPass())
         if not hidden.requires_grad:
             return  # nothing below this output trains
+        refuse_float16(index, hidden)
         forward = self.passes[-1]
         if index in forward.layers:
             raise LayerLeakError(f"decoder layer {index} ran twice in one forward pass, which has no single anchor")

@@ -49,16 +49,19 @@ def check_options(granularity: str, penalty_scale: float = 1.0) -> None:
 
 def bend(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
     """`gradient -= alpha * reference` in place; `alpha` of exactly zero never touches the gradient."""
-    if alpha.device.type == "cpu" and not _ON_DEVICE.get():
-        if (value := float(alpha)) != 0.0:
-            gradient.sub_(reference, alpha=value)
-    else:
+    if alpha.device.type != "cpu" or _ON_DEVICE.get():
         _bend_on_device(gradient, reference, alpha)
+    elif (value := float(alpha)) != 0.0:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        if gradient.dtype == wide:
+            gradient.sub_(reference, alpha=value)
+        else:
+            # In half precision the coefficient would be rounded before it is used, and leave a part of the conflict.
+            gradient.copy_(gradient.to(wide).sub_(reference.to(wide), alpha=value))
 
 
 def _bend_on_device(gradient: Tensor, reference: Tensor, alpha: Tensor) -> None:
-    # Reading `alpha` would make the host wait for the device, so the choice is made there. Half-precision gradients
-    # are bent in float32, lest the coefficient be rounded before it is used.
+    # Reading `alpha` would make the host wait for the device, so the choice is made there.
     wide = torch.promote_types(gradient.dtype, torch.float32)
     bent = torch.addcmul(gradient.to(wide), reference.to(wide), -alpha.to(wide))
     gradient.copy_(torch.where(alpha != 0, bent, gradient))

@@ -41,6 +41,18 @@ class LayerPenalty:
         return apply_penalty_gradient(hidden, self.mask, self.shift, self.slope)
 
 
+def refuse_float16(index: int, hidden: Tensor) -> None:
+    """
+    Raises:
+        ValueError: If the output `(B, T, D)` of decoder layer `index` is in float16.
+    """
+    if hidden.dtype == torch.float16:
+        raise ValueError(
+            f"the output of decoder layer {index} is in float16, in which the penalty's gradient would vanish: it is "
+            "of the order of 1 / (tokens × width); use bfloat16, or float32"
+        )
+
+
 class ReferencePenalty(Protocol):
     """A penalty on each layer's output whose gradient is the reference direction."""
 

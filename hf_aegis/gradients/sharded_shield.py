@@ -31,7 +31,7 @@ from hf_aegis.gradients.projector import (
     unit_of,
 )
 from hf_aegis.gradients.recompute import refuse_reentrant
-from hf_aegis.gradients.reference import LayerPenalty, TransportPenalty
+from hf_aegis.gradients.reference import LayerPenalty, TransportPenalty, refuse_float16
 from hf_aegis.gradients.shards import reshard
 from hf_aegis.gradients.token_mask import TokenMask
 
@@ -98,8 +98,8 @@ class ShardedGradientShield:
 
     Inside the context:
 
-        ValueError: If the `attention_mask` is not `(batch, tokens)`, or the layers are checkpointed with
-            `use_reentrant=True`.
+        ValueError: If the `attention_mask` is not `(batch, tokens)`, or the layers compute in float16, or are
+            checkpointed with `use_reentrant=True`.
         LayerLeakError: If a layer runs twice in a block.
         LostGradientError: On leaving, if none of the losses' gradients came to the model's outputs.
         RuntimeError: If gradients were not reduced.
@@ -184,6 +184,7 @@ class ShardedGradientShield:
         hidden = hidden_output(output)
         if not hidden.requires_grad:
             return  # nothing below this output trains
+        refuse_float16(index, hidden)
         if index in self._outputs or self._penalties:
             raise LayerLeakError(
                 f"decoder layer {index} ran twice: one forward pass with gradients belongs into each block"

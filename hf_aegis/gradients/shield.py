@@ -160,7 +160,7 @@ class GradientShield:
 
     Inside the context:
 
-        ValueError: If the `attention_mask` is not `(batch, tokens)`.
+        ValueError: If the `attention_mask` is not `(batch, tokens)`, or the layers compute in float16.
         LayerLeakError: If the layers are not a chain of hidden outputs, as the dual backward needs it.
         LostGradientError: On leaving, if losses were differentiated but none of their gradients came to the layers.
         RuntimeError: If a backward pass goes through layers that ran in another block, or through the same ones

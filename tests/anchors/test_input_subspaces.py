@@ -42,6 +42,16 @@ def test_in_full_it_is_the_second_moments_of_the_inputs(dtype):
     assert (subspace.num_inputs, subspace.basis.dtype) == (300, torch.float32)
 
 
+def test_the_energy_of_many_large_inputs():
+    """A sum of squares in float32 at once would be off by a thousandth, which shares of energy are compared with."""
+    x = torch.rand(2000, 9216, generator=torch.Generator().manual_seed(0))
+    statistics = SecondMoments(9216, x.device, torch.eye(9216, 2))
+    statistics.add(x, None)
+    exact = sum(float(part.double().square().sum()) for part in x.split(100))
+    # As an inner product: √(2¹⁸ / 16) roundings, see there.
+    assert float(statistics.energy) == pytest.approx(exact, rel=2**-24 * (2**18 / 16) ** 0.5)
+
+
 def test_autocast_does_not_round_the_products():
     x = inputs()
     plain = subspace_of([x])

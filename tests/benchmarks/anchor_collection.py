@@ -5,21 +5,20 @@ On a decoder, and on the embedded vision-language model.
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
 repetitions of the paired ratios of processor time, which other work on the machine disturbs less than wall-clock time
 (on a GPU, whose work is waited for before the clock is read, of wall-clock time). The hash of the weights, which a
-collection begins with, stands beside, in forward passes of one batch. Prints a Markdown table and, with `--output`,
-writes the figures as JSON.
+collection begins with, stands beside, in forward passes of one batch. Prints a Markdown table, which is put on the
+machine's page in `tests/benchmarks/results/`.
 """
 
 import argparse
-import json
-import platform
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from decoder import random_decoder
+from machine_results import MachineResults
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -119,24 +118,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured with these settings")
     arguments = parser.parse_args()
+    settings = {name: value for name, value in vars(arguments).items() if name != "again"}
+    settings["threads"] = torch.get_num_threads()
+    results = MachineResults(arguments.device)
+    section = results.section("Collecting anchors", settings, arguments.again)
     sizes = f"width {arguments.width}, {arguments.layers} layers, {arguments.batch} × {arguments.tokens} tokens"
+    subjects = {f"Gemma 2, {sizes}": decoder, "embedded PaliGemma 2, 30 × 76 tokens": embedded}
     rows = {
-        f"Gemma 2, {sizes}": measure(*decoder(arguments), arguments),
-        "embedded PaliGemma 2, 30 × 76 tokens": measure(*embedded(arguments), arguments),
+        name: results.unit(section, name, lambda make=make: measure(*make(arguments), arguments))
+        for name, make in subjects.items()
     }
-    print(
-        f"{arguments.batches} batches, saved every {arguments.save_batches}; {arguments.dtype} on {arguments.device}, "
-        f"{torch.get_num_threads()} threads on {platform.machine()}; torch {torch.__version__}.\n"
-    )
-    print("| model | forward pass, ms a batch | moments | moments, saved on the way | hash, in batches |")
-    print("|---|---|---|---|---|")
+    lines = [
+        "",
+        f"{arguments.batches} batches, saved every {arguments.save_batches}; {arguments.dtype}, "
+        f"{settings['threads']} threads, {arguments.repeats} rounds; "
+        f"load average {os.getloadavg()[0]:.1f} when written.",
+        "",
+        "| model | forward pass, ms a batch | moments | moments, saved on the way | hash, in batches |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
-        print(f"| {name} | {row['ms']:.0f} | × {row['moments']:.3f} | × {row['saved']:.3f} | {row['hash']:.2f} |")
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+        lines.append(
+            f"| {name} | {row['ms']:.0f} | × {row['moments']:.3f} | × {row['saved']:.3f} | {row['hash']:.2f} |"
+        )
+    results.show(section, lines)
+    print("\n".join(lines))
+    print(f"\n{results.page}")
 
 
 if __name__ == "__main__":

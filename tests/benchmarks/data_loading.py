@@ -6,14 +6,14 @@ Files are written for the measurement: released ones (raw frames in one block, b
 random pictures. Items are read in a random order. All variants take turns in one process, so that the machine's drift
 hits them alike; a ratio is the median over repetitions of the paired ratios. Without workers times are of the
 processor, which other work on the machine disturbs less than wall-clock time; with workers, which are there before and
-stack the items to batches, they are wall-clock times. Prints a Markdown table and, with `--output`, writes the figures
-as JSON.
+stack the items to batches, they are wall-clock times. Prints a Markdown table, which is put on the machine's page in
+`tests/benchmarks/results/`.
 """
 
 import argparse
 import io
 import json
-import platform
+import os
 import statistics
 import tempfile
 import time
@@ -23,6 +23,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from machine_results import MachineResults
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -181,22 +182,33 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured with these settings")
     arguments = parser.parse_args()
+    settings = {name: value for name, value in vars(arguments).items() if name != "again"}
+    settings["threads"] = torch.get_num_threads()
+    results = MachineResults("cpu")
+    section = results.section("Reading demonstrations", settings, arguments.again)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for kind in ("raw", "jpeg") for row in measure(kind, arguments, Path(folder))]
-    print(
+        rows = [
+            row
+            for kind in ("raw", "jpeg")
+            for row in results.unit(section, kind, lambda kind=kind: measure(kind, arguments, Path(folder)))
+        ]
+    lines = [
+        "",
         f"{arguments.demonstrations} demonstrations of {arguments.steps} steps, two cameras of {arguments.image_size} "
-        f"pixels, {arguments.samples} items; {platform.machine()}, h5py {h5py.__version__}.\n"
-    )
-    print("| frames | workers | naive, samples/s | LiberoDataset, samples/s | × naive |")
-    print("|---|---|---|---|---|")
+        f"pixels, {arguments.samples} items, h5py {h5py.__version__}, {arguments.repeats} rounds; "
+        f"load average {os.getloadavg()[0]:.1f} when written.",
+        "",
+        "| frames | workers | naive, samples/s | LiberoDataset, samples/s | × naive |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         naive, libero = row["rates"]["naive"], row["rates"]["libero"]
-        print(f"| {row['frames']} | {row['workers']} | {naive:.0f} | {libero:.0f} | {row['ratio']:.2f} |")
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+        lines.append(f"| {row['frames']} | {row['workers']} | {naive:.0f} | {libero:.0f} | {row['ratio']:.2f} |")
+    results.show(section, lines)
+    print("\n".join(lines))
+    print(f"\n{results.page}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What was measured on one machine: kept as JSON from unit to unit, shown as Markdown."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,8 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft")
 class MachineResults:
     """
     The figures of one machine. A unit, whatever is measured in one go, is kept as soon as it is there: a benchmark
-    that was interrupted goes on with the next one.
+    that was interrupted goes on with the next one. Several benchmarks may run at once: each writes its own sections,
+    and leaves what others have written, also what the page alone has of another checkout.
 
     Args:
         device (`str`): `"cpu"` or `"cuda"`.
@@ -34,13 +36,15 @@ class MachineResults:
         self.machine = machine_name(device)
         self.page = tables / f"{file_name(self.machine)}.md"
         self.file = figures / f"{file_name(self.machine)}.json"
-        self.sections: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.sections: dict[str, Any] = self._kept()
+        self._begun: set[str] = set()
 
     def section(self, title: str, settings: Mapping[str, Any], again: bool) -> dict[str, Any]:
         """
         The units of a section that were measured with these settings and versions; without them, or with `again`, it
         begins anew.
         """
+        self._begun.add(title)
         key = json.loads(json.dumps({"settings": settings, "versions": versions()}))
         found = self.sections.get(title)
         if again or found is None or found["key"] != key:
@@ -59,18 +63,41 @@ class MachineResults:
         """Puts a section's lines of Markdown on the machine's page."""
         section["lines"] = lines
         self._keep()
-        parts = [f"# {self.machine}", ""]
-        for title, found in self.sections.items():
-            if not found["lines"]:
-                continue
-            names = ", ".join(f"{name} {number}" for name, number in found["key"]["versions"].items())
-            parts += [f"## {title}", "", f"{found['date']}; {names}.", *found["lines"], ""]
-        self.page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.page, "\n".join(parts))
+
+    def _kept(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def _keep(self) -> None:
+        """Writes this benchmark's sections among those that others may have written since."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, json.dumps(self.sections, indent=2))
+        with self.file.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.sections = self._kept() | {title: self.sections[title] for title in self._begun}
+            write_text(self.file, json.dumps(self.sections, indent=2))
+            self._write_page()
+
+    def _write_page(self) -> None:
+        shown = {title: _shown(found) for title, found in self.sections.items() if found["lines"]}
+        if not shown:
+            return
+        before = self.page.read_text() if self.page.exists() else ""
+        parts = _sections_of(before) | shown
+        self.page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.page, "\n".join([f"# {self.machine}", "", *(f"## {t}\n\n{parts[t]}\n" for t in parts)]))
+
+
+def _shown(section: Mapping[str, Any]) -> str:
+    names = ", ".join(f"{name} {number}" for name, number in section["key"]["versions"].items())
+    return "\n".join([f"{section['date']}; {names}.", *section["lines"]])
+
+
+def _sections_of(page: str) -> dict[str, str]:
+    """A page's text by the titles of its sections."""
+    found = {}
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        title, _, text = part.partition("\n")
+        found[title] = text.strip("\n")
+    return found
 
 
 def machine_name(device: str) -> str:

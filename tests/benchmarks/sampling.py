@@ -5,20 +5,19 @@ cross-attention's keys and values kept from step to step, with them computed aga
 All variants take turns in one process, so that the machine's drift hits them alike; a ratio is the median over
 repetitions of the paired ratios of processor time, which other work on the machine disturbs less than wall-clock time
 (on a GPU, whose work is waited for before the clock is read, of wall-clock time). Weights are random. By default
-language model and expert have about the proportions of PaliGemma2-3B and the default expert. Prints a Markdown table
-and, with `--output`, writes the same figures as JSON.
+language model and expert have about the proportions of PaliGemma2-3B and the default expert. Prints a Markdown table,
+which is put on the machine's page in `tests/benchmarks/results/`.
 """
 
 import argparse
-import json
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from machine_results import MachineResults
 from torch import Tensor
 from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
@@ -177,30 +176,43 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", help="of torch.compile; inductor needs a C++ compiler")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured with these settings")
     arguments = parser.parse_args()
+    settings = {name: value for name, value in vars(arguments).items() if name != "again"}
+    settings["threads"] = torch.get_num_threads()
+    results = MachineResults(arguments.device)
+    section = results.section("Sampling actions", settings, arguments.again)
     model = build(arguments)
     compiled = torch.compile(model.action_expert, backend=arguments.backend, fullgraph=True)
     with torch.no_grad():
-        rows = [measure(Sampling(model, compiled, batch, arguments), arguments.repeats) for batch in arguments.batches]
-    print(
+        rows = [
+            results.unit(
+                section,
+                f"batch {batch}",
+                lambda batch=batch: measure(Sampling(model, compiled, batch, arguments), arguments.repeats),
+            )
+            for batch in arguments.batches
+        ]
+    lines = [
+        "",
         f"PaliGemma 2 of width {arguments.width}, {arguments.layers} layers, 256 + {arguments.words} tokens; "
         f"expert of width {arguments.expert_width}, {arguments.expert_layers} layers, {arguments.steps} steps; "
-        f"{arguments.dtype} on {arguments.device}, {torch.get_num_threads()} threads on {platform.machine()}; "
-        f"torch {torch.__version__}, {arguments.backend}.\n"
-    )
-    print("| batch | VLM, ms | expert, ms | ms per chunk | VLM's share | keys again at every step | compiled |")
-    print("|---|---|---|---|---|---|---|")
+        f"{arguments.dtype}, {settings['threads']} threads, {arguments.backend}, {arguments.repeats} rounds; "
+        f"load average {os.getloadavg()[0]:.1f} when written.",
+        "",
+        "| batch | VLM, ms | expert, ms | ms per chunk | VLM's share | keys again at every step | compiled |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         ms, ratios = row["ms"], row["ratio_to_cached"]
-        print(
+        lines.append(
             f"| {row['batch']} | {ms['prefix']:.0f} | {ms['cached']:.0f} | "
             f"{(ms['prefix'] + ms['cached']) / row['batch']:.0f} | {100 * row['prefix_share']:.0f} % | "
             f"× {ratios['recomputed']:.2f} | × {ratios['compiled']:.2f} |"
         )
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
+    results.show(section, lines)
+    print("\n".join(lines))
+    print(f"\n{results.page}")
 
 
 if __name__ == "__main__":

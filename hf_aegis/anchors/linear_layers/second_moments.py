@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_aegis.anchors.linear_layers.subspaces import STORAGE_DTYPES, InputSubspace, SubspaceOptions
 from hf_aegis.anchors.shares import Share
+from hf_aegis.functional.inner_product import inner_product
 from hf_aegis.functional.product_precision import full_precision_products
 from hf_aegis.functional.subspace import eigenpairs, nystrom_eigenpairs, rank_for_energy
 
@@ -75,7 +76,7 @@ class SecondMoments:
                 self.products += values.mT @ values
             else:
                 self.products += values.mT @ (values @ self.test_matrix.to(values.dtype))
-                self.energy += torch.linalg.vector_norm(values).to(self.energy.dtype).square()
+                self.energy += inner_product(values, values)
 
     def merge_over(self, share: Share) -> None:
         """Adds what other processes have summed up, in each of them."""
