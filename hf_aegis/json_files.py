@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 
 _SHOWN = 80
+_DEEPEST = 100
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
@@ -19,14 +20,21 @@ def parse_json(text: str | bytes, where: object) -> Any:
         where (`Any`): Where it stands, for messages.
 
     Raises:
-        ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what JSON has no word
-            for: NaN, a number beyond float64, half of a surrogate pair.
+        ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what other
+            programs do not read: NaN, a number beyond float64 or 64 bits, half of a surrogate pair.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite_float
+            decoded,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_bounded_int,
         )
+        # Far from where Python itself gives up, which depends on who calls.
+        if decoded.count("[") + decoded.count("{") > _DEEPEST:
+            _check_depth(value)
         # Half of a surrogate pair is no character, and could not be written again.
         if "\\u" in decoded:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -91,7 +99,7 @@ def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: 
 
 def is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
     """Whether a value parsed from JSON has one of the types, see [`require_keys`]."""
-    return type(value) in kinds or (type(value) is int and float in kinds and abs(value) < 2**1023)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -112,6 +120,23 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:_SHOWN]} is beyond float64")
     return value
+
+
+def _bounded_int(text: str) -> int:
+    # 20 characters hold every one that 64 bits do, and few enough to convert.
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
+        raise ValueError(f"{text[:_SHOWN]} is beyond 64 bits")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _shown(value: Any) -> str:
