@@ -11,13 +11,14 @@ _SHOWN = 80
 _DEEPEST = 100
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, finite: bool = True) -> Any:
     """
     The value of a JSON text.
 
     Args:
         text (`str` or `bytes`): The text, in UTF-8.
         where (`Any`): Where it stands, for messages.
+        finite (`bool`, *optional*, defaults to `True`): Whether NaN and infinities are refused.
 
     Raises:
         ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what other
@@ -28,8 +29,8 @@ def parse_json(text: str | bytes, where: object) -> Any:
         value = json.loads(
             decoded,
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
+            parse_constant=_refuse_constant if finite else None,
+            parse_float=_finite_float if finite else None,
             parse_int=_bounded_int,
         )
         # Far from where Python itself gives up, which depends on who calls.
@@ -45,20 +46,20 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise ValueError(f"{where}: not JSON: {error}; found {text[:_SHOWN]!r}") from error
 
 
-def parse_json_object(text: str | bytes, where: object) -> dict[str, Any]:
+def parse_json_object(text: str | bytes, where: object, *, finite: bool = True) -> dict[str, Any]:
     """
     The same for a text that holds an object.
 
     Raises:
         ValueError: as [`parse_json`], and if it holds something else.
     """
-    value = parse_json(text, where)
+    value = parse_json(text, where, finite=finite)
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {_shown(value)}")
     return value
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
     """
     The object in a JSON file.
 
@@ -66,7 +67,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if the file cannot be read.
         ValueError: as [`parse_json_object`]; the file is named.
     """
-    return parse_json_object(Path(path).read_bytes(), os.fspath(path))
+    return parse_json_object(Path(path).read_bytes(), os.fspath(path), finite=finite)
 
 
 def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: object) -> dict[str, Any]:
