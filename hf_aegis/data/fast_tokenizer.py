@@ -272,7 +272,7 @@ class FASTTokenizer(ProcessorMixin):
         """The contents of `processor_config.json`; a `ValueError` where it does not describe a FAST tokenizer."""
         place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", PROCESSOR_NAME)
         if os.path.isfile(place):
-            read_json_object(place)  # transformers' own errors of what is no JSON are many
+            read_json_object(place, finite=False)  # transformers' own errors of what is no JSON are many
         values, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if missing := [key for key in ("scale", "vocab_size", "min_token") if key not in values]:
             raise ValueError(f"{place}: not a FAST tokenizer: no {', '.join(missing)}")

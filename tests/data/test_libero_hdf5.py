@@ -106,11 +106,11 @@ CHANGES = {
     "instruction missing": (set_attribute(".@problem_info", None), "/data@problem_info: missing attribute"),
     "instruction not JSON": (
         set_attribute(".@problem_info", "{'language': 1}"),
-        "/data@problem_info: unreadable JSON: .* found \"{'language': 1}\"",
+        "/data@problem_info: its text: not JSON: .* found \"{'language': 1}\"",
     ),
     "instruction a list": (
         set_attribute(".@problem_info", "[1]"),
-        r"/data@problem_info: expected a JSON object, found '\[1\]'",
+        r"/data@problem_info: its text: expected a JSON object, found list of 1",
     ),
     "instruction empty": (
         set_attribute(".@problem_info", '{"language_instruction": " "}'),
@@ -130,15 +130,15 @@ CHANGES = {
     ),
     "convention newer": (
         set_attribute(".@hf_aegis_convention", convention(format_version=2)),
-        "/data: @hf_aegis_convention: format_version 2 is newer than this hf-aegis reads .*: upgrade hf-aegis",
+        "/data: @hf_aegis_convention: its text: key 'format_version' is 2 .* reads 1 to 1; a newer file needs",
     ),
     "convention unversioned": (
         set_attribute(".@hf_aegis_convention", "{}"),
-        "/data: @hf_aegis_convention: 'format_version' must be a positive integer, found None",
+        r"/data: @hf_aegis_convention: missing keys \['observation', 'image_origin', 'frames', 'image_size'\]",
     ),
     "convention not JSON": (
         set_attribute(".@hf_aegis_convention", "before"),
-        "/data: @hf_aegis_convention: unreadable JSON",
+        "/data: @hf_aegis_convention: its text: not JSON",
     ),
     "convention incomplete": (
         set_attribute(".@hf_aegis_convention", '{"format_version": 1, "frames": "raw"}'),
@@ -351,7 +351,7 @@ def test_the_convention_attribute_round_trips():
         assert LiberoConvention.from_json(stated.to_json()) == stated
     with pytest.raises(ValueError, match="'image_size' is required where frames are stored as JPEG"):
         LiberoConvention("before_action", "top_left", "jpeg")
-    with pytest.raises(ValueError, match="'image_size' must be a positive integer, found 0"):
+    with pytest.raises(ValueError, match="'image_size' must be an integer from 1 to 4096, found 0"):
         LiberoConvention("before_action", "top_left", "raw", 0)
 
 
