@@ -26,7 +26,6 @@ NEWEST_VERSIONS = {
     "VQA predictions": 1,
     "rollout scores": 1,
     "episodes": 1,
-    "results": 1,
 }
 """
 By kind of file, the newest format version that this package reads, and, but for anchors, the one that it writes. A
