@@ -280,6 +280,14 @@ class FASTTokenizer(ProcessorMixin):
         values.pop(FORMAT_KEY, None)
         return values, kwargs
 
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what files hold, the last part of loading; a `ValueError` names the file that has a wrong value."""
+        try:
+            return super().from_args_and_dict(args, processor_dict, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{PROCESSOR_NAME}: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """The processor's configuration as JSON-ready values."""
         return super().to_dict() | written_version(_KIND)
