@@ -77,8 +77,10 @@ def read_rows(dataset: h5py.Dataset, rows: int | slice) -> np.ndarray:
     Rows of a dataset, and nothing else of it.
 
     Raises:
-        LiberoFormatError: HDF5 cannot read them (a damaged chunk, a missing compression filter).
+        LiberoFormatError: there are none, or HDF5 cannot read them (a damaged chunk, a missing compression filter).
     """
+    if dataset.shape is None:
+        raise LiberoFormatError.at(os.fspath(dataset.file.filename), dataset.name, "holds nothing, expected rows")
     try:
         return dataset[rows]
     except OSError as error:

@@ -195,6 +195,10 @@ CHANGES = {
         declare("demo_1/obs/agentview_rgb", (7, 8, 8, 3), "u1", chunks=(2**22, 8, 8, 3), maxshape=(None, 8, 8, 3)),
         f"/data/demo_1/obs/agentview_rgb: is stored in chunks of {2**22 * 8 * 8 * 3} bytes, expected at most",
     ),
+    "states of nothing": (
+        lambda data: (data.__delitem__("demo_1/states"), data.create_dataset("demo_1/states", data=h5py.Empty("f8"))),
+        "/data/demo_1/states: shape None, expected 7 rows",
+    ),
     "num_demos an array": (
         set_attribute(".@num_demos", np.zeros(3, int)),
         r"/data@num_demos: expected a single value, found shape \(3,\)",
