@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,14 +71,14 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> di
     return parse_json_object(Path(path).read_bytes(), os.fspath(path), finite=finite)
 
 
-def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: object) -> dict[str, Any]:
+def require_keys(values: Any, kinds: Mapping[str, type | tuple[type, ...]], where: object) -> dict[str, Any]:
     """
     Checks the types of an object's values; further keys do not matter.
 
     Args:
         values (`Any`): What should be an object.
-        kinds (`dict`): Types by key. A key may be missing where `None` may stand for its value (`type(None)` among the
-            types). `float` takes integers too; booleans are no numbers.
+        kinds (`Mapping`): Types by key. A key may be missing where `None` may stand for its value, with `type(None)`
+            among the types. `float` takes integers too; booleans are no numbers.
         where (`Any`): Where it stands, for messages.
 
     Returns:

@@ -362,7 +362,7 @@ def _recording(file: h5py.File, path: Path) -> dict[str, Any]:
         raise LiberoFormatError.at(
             path, f"/data@{RECORDING_ATTRIBUTE}", "missing: this file was not recorded here, choose another output_dir"
         )
-    kinds = {"settings": dict, "attempts": int, "versions": (dict, type(None))}
+    kinds: dict[str, Any] = {"settings": dict, "attempts": int, "versions": (dict, type(None))}
     try:
         read_convention(file["data"].attrs)
         return require_keys(read_recording(file["data"].attrs), kinds, RECORDING_ATTRIBUTE)
