@@ -19,7 +19,7 @@ export PYOPENGL_PLATFORM ?= osmesa
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system lock demo test test-slow test-lowest test-newest-python test-browser browser space lint format bench precision pretrain demo-checkpoints record clean
+.PHONY: help setup system lock demo test test-slow fuzz test-lowest test-newest-python test-browser browser space lint format bench precision pretrain demo-checkpoints record clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ test: setup lint  ## lint, type-check and run the test suite
 
 test-slow: setup  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
+
+fuzz: setup  ## 10,000 damaged inputs for each reader, and what became of them (minutes)
+	$(BIN)/python -m pytest tests/fuzz -m slow -q -s
 
 # Old versions of packages warn of newer ones that they use; torch 2.9 compiles with setuptools, but does not ask for it.
 test-lowest: setup  ## the library's tests with the lowest versions that pyproject.toml allows (minutes, 8 GB)

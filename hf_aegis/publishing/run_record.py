@@ -1,16 +1,16 @@
 """What a run's folder tells of it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
+from hf_aegis.format_version import check_format_version
+from hf_aegis.json_files import read_json_object, require_keys
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.publishing.methods import Method, describe_method
+from hf_aegis.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,13 @@ class RunRecord:
             known: Fields that are known already, and not read.
 
         Raises:
-            ValueError: If a file is not JSON or YAML; it is named.
+            ValueError: If a file is not JSON or YAML, or has a newer format; it is named.
         """
         result = known.get("result", _read(folder / "result.json"))
-        fingerprints = result.get("fingerprints", {})
+        place, mappings = folder / "result.json", (dict, type(None))
+        check_format_version(result, "training result", place)
+        require_keys(dict(result), {"fingerprints": mappings, "versions": mappings}, place)
+        fingerprints = result.get("fingerprints") or {}
         found = {
             "arguments": _read(folder / "recipe.yaml"),
             "config": _read(folder / "config.json"),
@@ -106,11 +109,7 @@ def _before(folder: Path, questions: str | None) -> dict[str, float]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    found = read_json_object(path) if path.suffix == ".json" else read_yaml(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds {type(found).__name__}, expected a mapping")
     return dict(found)
