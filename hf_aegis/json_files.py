@@ -1,0 +1,119 @@
+"""JSON as files of this package have it: in UTF-8, each key once, numbers finite, and of bounded depth."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+_SHOWN = 80
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """
+    The value of a JSON text.
+
+    Args:
+        text (`str` or `bytes`): The text, in UTF-8.
+        where (`Any`): Where it stands, for messages.
+
+    Raises:
+        ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what JSON has no word
+            for: NaN, a number beyond float64, half of a surrogate pair.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(
+            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+        # Half of a surrogate pair is no character, and could not be written again.
+        if "\\u" in decoded:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}; found {text[:_SHOWN]!r}") from error
+
+
+def parse_json_object(text: str | bytes, where: object) -> dict[str, Any]:
+    """
+    The same for a text that holds an object.
+
+    Raises:
+        ValueError: as [`parse_json`], and if it holds something else.
+    """
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {_shown(value)}")
+    return value
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    The object in a JSON file.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: as [`parse_json_object`]; the file is named.
+    """
+    return parse_json_object(Path(path).read_bytes(), os.fspath(path))
+
+
+def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: object) -> dict[str, Any]:
+    """
+    Checks the types of an object's values; further keys do not matter.
+
+    Args:
+        values (`Any`): What should be an object.
+        kinds (`dict`): Types by key. A key may be missing where `None` may stand for its value (`type(None)` among the
+            types). `float` takes integers too; booleans are no numbers.
+        where (`Any`): Where it stands, for messages.
+
+    Returns:
+        `dict[str, Any]`: `values`.
+
+    Raises:
+        ValueError: if it is no object, or a key is missing or has a value of another type; it is named.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, found {_shown(values)}")
+    for key, kind in kinds.items():
+        accepted = kind if isinstance(kind, tuple) else (kind,)
+        if key not in values and type(None) not in accepted:
+            raise ValueError(f"{where}: key {key!r} is missing, found {sorted(values)}")
+        if not is_kind(values.get(key), accepted):
+            names = " or ".join("null" if one is type(None) else one.__name__ for one in accepted)
+            raise ValueError(f"{where}: key {key!r} is {_shown(values[key])}, expected {names}")
+    return values
+
+
+def is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value parsed from JSON has one of the types, see [`require_keys`]."""
+    return type(value) in kinds or (type(value) is int and float in kinds and abs(value) < 2**1023)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:_SHOWN]} is beyond float64")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, dict | list) else f"{type(value).__name__} of {len(value)}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
