@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download
 
+from hf_aegis.hub.answers import checked_answers
 from hf_aegis.hub.names import is_commit, is_file_name
 from hf_aegis.hub.reasons import FAILURES, describe_repo, reason
 from hf_aegis.hub.redaction import redacted_cause
@@ -68,15 +69,16 @@ def download_files(
     for name in names:
         path = f"{subfolder}/{name}" if subfolder else name
         try:
-            file = hf_hub_download(
-                repo_id,
-                path,
-                repo_type=repo_type,
-                revision=commit,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-            )
+            with checked_answers():
+                file = hf_hub_download(
+                    repo_id,
+                    path,
+                    repo_type=repo_type,
+                    revision=commit,
+                    token=token,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                    local_files_only=local_files_only,
+                )
         except FAILURES as error:
             raise HubDownloadError(f"no {path} from {place}: {reason(error, token)}") from redacted_cause(error, token)
         if fault := _damage(Path(file)):
@@ -91,7 +93,7 @@ def download_files(
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a file's content, which goes with it; `None` too where the cache does not say what it is."""
+    """What is wrong with a content, which is deleted then; `None` too where the cache does not say what it is."""
     # The cache's entry is a link to the content, which bears the hash as its name.
     if not file.is_symlink():
         return None
@@ -99,15 +101,13 @@ def _damage(file: Path) -> str | None:
     with file.open("rb") as content:
         if re.fullmatch("[0-9a-f]{64}", announced):
             found = hashlib.file_digest(content, "sha256").hexdigest()
-        elif re.fullmatch("[0-9a-f]{40}", announced):
+        else:
             git = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
             while data := content.read(1 << 20):
                 git.update(data)
             found = git.hexdigest()
-        else:
-            return None
     if found == announced:
         return None
     file.resolve().unlink()
     file.unlink()
-    return f"its content has the hash {found}, and the Hub announced {announced}"
+    return f"its content has the hash {found}, and the Hub announced {announced!r}"

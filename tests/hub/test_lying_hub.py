@@ -49,7 +49,7 @@ def with_headers(**changes):
 def test_a_content_that_is_not_the_announced_one_is_refused_and_forgotten(pushed, folder, path, name):
     """Of the right length: huggingface_hub compares lengths alone."""
     changing(pushed, "GET", path, with_body(lambda body: body[:-1] + b"?"))
-    with pytest.raises(HubDownloadError, match=rf"no {name} .*: its content has the hash [0-9a-f]+, and the Hub ann"):
+    with pytest.raises(HubDownloadError, match=rf"no {name} .*: its content has the hash [0-9a-f]+, and the"):
         download_files("org/name", [name])
     pushed.faults.clear()
     (file,) = download_files("org/name", [name])
@@ -76,6 +76,21 @@ def test_a_commit_that_is_a_path_leads_nowhere(pushed, tmp_path_factory, commit)
     with pytest.raises(HubDownloadError, match=r"no a\.json from"):
         download_files("org/name", ["a.json"])
     assert all(file.is_relative_to(pushed.cache) for file in all_files(root) - before)
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+@pytest.mark.parametrize("etag", ['"../../../../escaped"', '"{root}/escaped"', '"{root}/secret"', "..", "a\\b"])
+def test_an_etag_that_is_a_path_leads_nowhere(pushed, tmp_path_factory, header, etag):
+    root = tmp_path_factory.getbasetemp()
+    (root / "secret").write_bytes(b"of this machine")
+    before = all_files(root)
+    changing(pushed, "HEAD", "/resolve/", with_headers(**{header: etag.format(root=root)}))
+    with pytest.raises(HubDownloadError, match=r"no a\.json from .* answer names a file by a path: "):
+        download_files("org/name", ["a.json"])
+    assert all_files(root) == before
+    # Nothing is left of the check.
+    pushed.faults.clear()
+    assert download_files("org/name", ["a.json"])[0].read_bytes() == b"a.json" * 9
 
 
 @pytest.mark.parametrize(
