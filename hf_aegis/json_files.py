@@ -8,25 +8,34 @@ from typing import Any, NoReturn
 
 
 _SHOWN = 80
+_DEEPEST = 100
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, finite: bool = True) -> Any:
     """
     The value of a JSON text.
 
     Args:
         text (`str` or `bytes`): The text, in UTF-8.
         where (`Any`): Where it stands, for messages.
+        finite (`bool`, *optional*, defaults to `True`): Whether NaN and infinities are refused.
 
     Raises:
-        ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what JSON has no word
-            for: NaN, a number beyond float64, half of a surrogate pair.
+        ValueError: if it is not UTF-8 or not JSON, names a key twice, nests too deeply, or holds what other
+            programs do not read: NaN, a number beyond float64 or 64 bits, half of a surrogate pair.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite_float
+            decoded,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant if finite else None,
+            parse_float=_finite_float if finite else None,
+            parse_int=_bounded_int,
         )
+        # Far from where Python itself gives up, which depends on who calls.
+        if decoded.count("[") + decoded.count("{") > _DEEPEST:
+            _check_depth(value)
         # Half of a surrogate pair is no character, and could not be written again.
         if "\\u" in decoded:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -37,20 +46,20 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise ValueError(f"{where}: not JSON: {error}; found {text[:_SHOWN]!r}") from error
 
 
-def parse_json_object(text: str | bytes, where: object) -> dict[str, Any]:
+def parse_json_object(text: str | bytes, where: object, *, finite: bool = True) -> dict[str, Any]:
     """
     The same for a text that holds an object.
 
     Raises:
         ValueError: as [`parse_json`], and if it holds something else.
     """
-    value = parse_json(text, where)
+    value = parse_json(text, where, finite=finite)
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {_shown(value)}")
     return value
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
     """
     The object in a JSON file.
 
@@ -58,7 +67,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if the file cannot be read.
         ValueError: as [`parse_json_object`]; the file is named.
     """
-    return parse_json_object(Path(path).read_bytes(), os.fspath(path))
+    return parse_json_object(Path(path).read_bytes(), os.fspath(path), finite=finite)
 
 
 def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: object) -> dict[str, Any]:
@@ -91,7 +100,7 @@ def require_keys(values: Any, kinds: dict[str, type | tuple[type, ...]], where: 
 
 def is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
     """Whether a value parsed from JSON has one of the types, see [`require_keys`]."""
-    return type(value) in kinds or (type(value) is int and float in kinds and abs(value) < 2**1023)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -112,6 +121,23 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:_SHOWN]} is beyond float64")
     return value
+
+
+def _bounded_int(text: str) -> int:
+    # 20 characters hold every one that 64 bits do, and few enough to convert.
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
+        raise ValueError(f"{text[:_SHOWN]} is beyond 64 bits")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _shown(value: Any) -> str:

@@ -14,10 +14,11 @@ from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.linear_layers.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
+from hf_aegis.format_version import NEWEST_VERSIONS
 from hf_aegis.machine_paths import portable_name, snapshot_commit
 
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = NEWEST_VERSIONS["activation anchor"]
 """
 Newest version of the anchor file format that this package reads and writes. Anchors with sensitivities have version 3,
 those with subspaces alone version 2, and those without version 1, so that older packages read what they can.
@@ -40,6 +41,8 @@ _MERGE_FIELDS = (
     "subspace_options",
     "format_version",
 )
+_NEEDED_TEXTS = ("weights_sha256", "package_version", "torch_version", "transformers_version")
+_TEXT_FIELDS = (*_NEEDED_TEXTS, "base_model", "revision", "attention_implementation", "dtype", "dataset_id")
 _COUNT_FIELDS = ("num_samples", "num_tokens", "num_batches")
 _SHAPE_FIELDS = ("num_layers", "width")
 _WEIGHT_FIELDS = (*_SHAPE_FIELDS, "attention_implementation", "weights_sha256")
@@ -119,6 +122,10 @@ class AnchorFingerprint:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
+        for name in _TEXT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in _NEEDED_TEXTS):
+                raise ValueError(f"{name} must be a text, found {value!r}")
         options = self.subspace_options
         if (expected := 1 if options is None else options.format_version) != self.format_version:
             having = {1: "without subspaces", 2: "with subspaces", 3: "with sensitivities"}[expected]
@@ -151,6 +158,8 @@ class AnchorFingerprint:
         if missing or unknown:
             raise ValueError(f"anchor fingerprint: missing keys {missing}, unknown keys {unknown}")
         if (options := values.get("subspace_options")) is not None:
+            if not isinstance(options, Mapping):
+                raise ValueError(f"subspace_options must be a mapping, found {options!r}")
             values = {**values, "subspace_options": SubspaceOptions.from_dict(options)}
         return cls(**values)
 

@@ -9,6 +9,7 @@ from hf_aegis.anchors.linear_layers.inputs import LinearInputs
 from hf_aegis.anchors.partial_collection import Snapshot
 from hf_aegis.anchors.shares import Share
 from hf_aegis.functional.moments import Moments, merge_moments
+from hf_aegis.json_files import require_keys
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,15 @@ class MomentsOverBatches:
     def restore(self, snapshot: Snapshot) -> bool:
         """Goes on from earlier sums, see [`Resumable`]."""
         names = Moments._fields
+        require_keys(snapshot.fields, dict.fromkeys(self.counts, int), "fields")
+        found = [snapshot.tensors.get(name) for name in names]
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in found]
+        if shapes[0] != () or shapes[1] != shapes[2] or shapes[1] is None or len(shapes[1]) != 2:
+            raise ValueError(f"{', '.join(names)} must have the shapes (), (L, D) and (L, D), found {shapes}")
         self.total = Moments(*(snapshot.tensors[name] for name in names))
-        self.counts = {name: int(snapshot.fields[name]) for name in self.counts}
+        if not all(tensor.is_floating_point() for tensor in self.total):
+            raise ValueError(f"{', '.join(names)} must be floating point, found {[t.dtype for t in self.total]}")
+        self.counts = {name: snapshot.fields[name] for name in self.counts}
         if self.linear_inputs is not None:
             tensors = {name: tensor for name, tensor in snapshot.tensors.items() if name not in names}
             self.linear_inputs.restore(Snapshot(tensors, snapshot.fields))

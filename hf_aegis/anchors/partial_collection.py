@@ -13,10 +13,13 @@ from torch import Tensor
 
 from hf_aegis.anchors.shares import Share
 from hf_aegis.atomic_files import replacing
+from hf_aegis.format_version import check_format_version, written_version
+from hf_aegis.json_files import parse_json_object, require_keys
 
 
 logger = logging.getLogger(__name__)
 
+_KIND = "partial collection"
 # In the header of a file, where only strings are; JSON.
 _HEADER = "partial_collection"
 
@@ -41,7 +44,12 @@ class Resumable(Protocol):
         """The sums so far."""
 
     def restore(self, snapshot: Snapshot) -> bool:
-        """Goes on from earlier sums; `False`, and nothing done, if they are of something else."""
+        """
+        Goes on from earlier sums; `False`, and nothing done, if they are of something else.
+
+        Raises:
+            ValueError: if tensors or fields are not those of such sums.
+        """
 
 
 class PartialCollection:
@@ -93,7 +101,7 @@ class PartialCollection:
             `int`: how many batches they are of now.
 
         Raises:
-            ValueError: if the file is no such file, or its settings are others; they are named.
+            ValueError: if the file is no such file, has a newer format, or its settings are others; they are named.
         """
         path = self._path(name)
         if not path.exists():
@@ -109,10 +117,14 @@ class PartialCollection:
                 f"{path} was begun with other settings ({'; '.join(differences)}): give those again to continue, or "
                 f"delete {self.folder} to begin anew"
             )
-        if not sums.restore(Snapshot(tensors, header["fields"])):
+        try:
+            restored = sums.restore(Snapshot(tensors, header["fields"]))
+        except ValueError as error:
+            raise _no_part(path, error) from error
+        if not restored:
             logger.warning("%s is of directions that are no longer the same; this pass begins anew", path)
             return 0
-        return int(header["batches"])
+        return header["batches"]
 
     def batch_done(self, name: str, batches: int, sums: Resumable) -> None:
         """Saves the sums over so many batches, if it is time to."""
@@ -127,7 +139,7 @@ class PartialCollection:
     def _save(self, name: str, batches: int, sums: Resumable) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, fields = sums.snapshot()
-        header = {"batches": batches, "settings": self._settings, "fields": fields}
+        header = {**written_version(_KIND), "batches": batches, "settings": self._settings, "fields": fields}
         with replacing(self._path(name)) as staged:
             save_file(
                 {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
@@ -142,9 +154,19 @@ class PartialCollection:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no part of a collection: {error!r}; delete {path.parent} to begin anew"
-        ) from error
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _no_part(path, error) from error
+    if _HEADER not in metadata:
+        raise _no_part(path, f"its header has no key {_HEADER!r}")
+    header = parse_json_object(metadata[_HEADER], f"{path}, {_HEADER}")
+    check_format_version(header, _KIND, f"{path}, {_HEADER}")
+    require_keys(header, {"settings": dict, "fields": dict, "batches": int}, f"{path}, {_HEADER}")
+    if header["batches"] < 0:
+        raise _no_part(path, f"key 'batches' is {header['batches']}")
+    return header, tensors
+
+
+def _no_part(path: Path, reason: object) -> ValueError:
+    return ValueError(f"{path} holds no part of a collection: {reason}; delete {path.parent} to begin anew")

@@ -24,6 +24,7 @@ from hf_aegis.anchors.passes import Passes
 from hf_aegis.anchors.token_kinds import find_image_token_id, select_tokens
 from hf_aegis.functional.gauss_newton import predictive_cotangent
 from hf_aegis.hooks import removed_afterwards
+from hf_aegis.json_files import require_keys
 
 
 # What a causal-LM loss leaves out.
@@ -201,7 +202,7 @@ class _CountedSamples:
         """Goes on from earlier sums, if the observer does."""
         if not self.observer.restore(snapshot):
             return False
-        self.num_samples = int(snapshot.fields["num_samples"])
+        self.num_samples = require_keys(snapshot.fields, {"num_samples": int}, "fields")["num_samples"]
         return True
 
 

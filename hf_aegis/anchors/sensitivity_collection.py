@@ -24,6 +24,7 @@ from hf_aegis.anchors.passes import Passes
 from hf_aegis.anchors.prediction_gradients import PredictionGradients
 from hf_aegis.anchors.shares import Share
 from hf_aegis.functional.product_precision import full_precision_products
+from hf_aegis.json_files import require_keys
 
 
 # Most numbers in the products of a chunk of samples: 128 MB in float32.
@@ -213,8 +214,17 @@ class PairProducts:
         refused: sums of squares in one basis do not tell those in another, and a basis that is computed again is the
         same on the same kind of machine only.
         """
-        if snapshot.fields["directions_sha256"] != self._directions:
+        if (
+            require_keys(snapshot.fields, {"directions_sha256": str}, "fields")["directions_sha256"]
+            != self._directions
+        ):
             return False
+        for name, tensor in snapshot.tensors.items():
+            known = name in self._bases and name in self._subspaces
+            shape = (self._bases[name].shape[1], self._subspaces[name].rank) if known else None
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                found = tensor.dtype, tuple(tensor.shape)
+                raise ValueError(f"sums of {name} must be floating point of shape {shape}, found {found}")
         self._sums = dict(snapshot.tensors)
         return True
 

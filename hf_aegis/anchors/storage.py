@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_aegis.anchors.fingerprint import FORMAT_VERSION, AnchorFingerprint
+from hf_aegis.anchors.fingerprint import AnchorFingerprint
 from hf_aegis.anchors.linear_layers.packing import (
     check_fields,
     pack_sensitivities,
@@ -25,13 +26,16 @@ from hf_aegis.anchors.linear_layers.packing import (
 from hf_aegis.anchors.linear_layers.sensitivities import PairSensitivity
 from hf_aegis.anchors.linear_layers.subspaces import InputSubspace
 from hf_aegis.atomic_files import write_bytes
+from hf_aegis.format_version import check_format_version
 from hf_aegis.hub import HubDownloadError, download_files
+from hf_aegis.json_files import read_json_object
 
 
 ANCHOR_TENSORS = "anchor.safetensors"
 ANCHOR_CONFIG = "anchor_config.json"
 ANCHOR_TYPE = "activation"
 GROUPS = "subspaces"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def write_anchor(
@@ -76,19 +80,11 @@ def read_anchor(
     Raises:
         ValueError: if a file is corrupt, is no anchor, or has a newer format; the file and the key are named.
     """
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    found_type = config.get("anchor_type") if isinstance(config, dict) else None
+    config = read_json_object(config_file)
+    found_type = config.get("anchor_type")
     if found_type != ANCHOR_TYPE:
         raise ValueError(f"{config_file}: key 'anchor_type' is {found_type!r}, expected {ANCHOR_TYPE!r}")
-    found_version = config.get("format_version")
-    if not isinstance(found_version, int) or not 1 <= found_version <= FORMAT_VERSION:
-        raise ValueError(
-            f"{config_file}: key 'format_version' is {found_version!r}, this version of hf-aegis reads 1 to "
-            f"{FORMAT_VERSION}; a newer file needs a newer hf-aegis"
-        )
+    check_format_version(config, "activation anchor", config_file)
     data = tensors_file.read_bytes()
     found_hash, expected_hash = hashlib.sha256(data).hexdigest(), config.get("tensors_sha256")
     if found_hash != expected_hash:
@@ -100,6 +96,11 @@ def read_anchor(
         tensors = load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{tensors_file} is not a safetensors file: {error}") from error
+    # Complex numbers and 8-bit floats are none that moments can be compared in.
+    if wrong := sorted(name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES):
+        raise ValueError(
+            f"{tensors_file}: {wrong[0]} is {tensors[wrong[0]].dtype}, expected one of {list(map(str, _DTYPES))}"
+        )
     groups = config.get(GROUPS, {})
     if not isinstance(groups, dict):
         raise ValueError(f"{config_file}: key {GROUPS!r} is {groups!r}, expected a mapping")

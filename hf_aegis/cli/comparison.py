@@ -17,7 +17,10 @@ from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.eval_libero import asked_of_comparison
 from hf_aegis.cli.processes import Call, Placement, available_cores, run_calls
+from hf_aegis.format_version import written_version
+from hf_aegis.json_files import require_keys
 from hf_aegis.machine_paths import without_machine_paths
+from hf_aegis.reports.comparison_files import read_failures, read_rollout_scores, read_settings
 from hf_aegis.reports.results_table import (
     FAILURES_FILE,
     PRETRAINED_FILE,
@@ -25,6 +28,7 @@ from hf_aegis.reports.results_table import (
     SETTINGS_FILE,
     write_results,
 )
+from hf_aegis.yaml_files import read_yaml
 
 
 # What a command writes last, or a run once it has been set up.
@@ -68,7 +72,7 @@ class Run:
     def steps_done(self) -> int:
         """The last logged step. Reads the file's end itself: the training package takes seconds to import."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         return next((int(match[1]) for line in reversed(lines) if (match := re.match(r'{"step": (\d+),', line))), 0)
 
 
@@ -161,9 +165,9 @@ class Comparison:
         for run in self.chosen:
             output = run.folder / ROLLOUTS_FILE
             # A model that is trained may be asked for more episodes; the command refuses to mix other settings.
-            scores = json.loads(output.read_text()) if output.exists() else None
+            scores = read_rollout_scores(output) if output.exists() else None
             again = scores is not None and own.get("retry_crashed", False) and scores["crashed"] > 0
-            if run.finished and (scores is None or again or scores["asked"] != asked_of_comparison(own)):
+            if run.finished and (scores is None or again or scores.get("asked") != asked_of_comparison(own)):
                 recipe = {**own, "model": str(run.folder), "output": str(output)}
                 write_text(run.rollout_recipe, yaml.safe_dump(recipe, sort_keys=False))
                 pending[run.rollout_call] = run
@@ -180,8 +184,7 @@ class Comparison:
         failures: list[dict[str, Any]] = []
         path = self.folder / FAILURES_FILE
         again = {(run.condition, run.seed) for run in pending.values()}
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        earlier = [failure for failure in earlier if (failure["condition"], failure["seed"]) not in again]
+        earlier = [failure for failure in read_failures(path) if (failure["condition"], failure["seed"]) not in again]
         write_text(path, json.dumps(earlier, indent=2))
         if not pending:
             return failures
@@ -221,12 +224,12 @@ class Comparison:
                 self._compare(self._anchor_file(name), self._anchor_recipe(name), remedy)
         if (noted := _settings_of_started(self.folder)) is not None:
             # Scores before and after belong together.
-            earlier, own = {"questions": noted["questions"]}, {"questions": self.questions}
+            earlier, own = {"questions": noted.get("questions")}, {"questions": self.questions}
             refuse_other_settings(earlier, own, f"{self.folder} holds a comparison", "delete the folder")
 
     def _compare(self, path: Path, recipe: dict[str, Any], remedy: str) -> None:
         if path.exists():
-            earlier = _wherever(yaml.safe_load(path.read_text()))
+            earlier = _wherever(_read_recipe(path))
             refuse_other_settings(earlier, _wherever(recipe), f"{path} was run", remedy)
 
     def _write_recipes(self) -> None:
@@ -240,16 +243,17 @@ class Comparison:
     def _write_recipe(self, path: Path, output: Path, recipe: dict[str, Any]) -> None:
         write_text(path, yaml.safe_dump(recipe, sort_keys=False))
         resolved = output / _RECIPE
-        if resolved.exists() and (earlier := yaml.safe_load(resolved.read_text()))["output_dir"] != str(output):
+        if resolved.exists() and (earlier := _read_recipe(resolved)).get("output_dir") != str(output):
             # The folder was moved. A run in it continues by a recipe that says where it is now.
             moved = {key: recipe[key] for key in ("output_dir", "anchor") if key in recipe}
             write_text(resolved, yaml.safe_dump({**earlier, **moved}, sort_keys=False))
 
     def _write_settings(self) -> None:
         path = self.folder / SETTINGS_FILE
-        earlier = json.loads(path.read_text()) if path.exists() else {"seeds": [], "anchors": {}, "conditions": {}}
+        earlier = read_settings(path) if path.exists() else {"seeds": [], "anchors": {}, "conditions": {}}
         shown = {run.condition for run in self.chosen} | earlier["conditions"].keys()
         settings = {
+            **written_version("comparison"),
             "version": __version__,
             "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
             "command": without_machine_paths(shlex.join(["hf-aegis", *sys.argv[1:]])),
@@ -263,7 +267,7 @@ class Comparison:
             "questions": self.questions,
             "libero": earlier.get("libero") if self.libero is None else dict(self.libero),
             "gap": earlier.get("gap") if self.gap is None else list(self.gap),
-            "anchors": earlier["anchors"] | {name: self.anchors[name] for name in self.chosen_anchors},
+            "anchors": (earlier.get("anchors") or {}) | {name: self.anchors[name] for name in self.chosen_anchors},
             # In this comparison's order, after those that only the earlier one had.
             "conditions": {name: own for name, own in earlier["conditions"].items() if name not in self.conditions}
             | {name: own for name, own in self.conditions.items() if name in shown},
@@ -302,18 +306,26 @@ def placement_in(folder: Path, jobs: int | None, at_most: int) -> Placement:
     placement = Placement.on_this_machine(jobs, at_most)
     if (noted := _settings_of_started(folder)) is None:
         return placement
-    earlier = noted["machine"]["jobs"]
+    machine = require_keys(noted.get("machine"), {"jobs": int, "threads": int}, f"{folder / SETTINGS_FILE}, machine")
+    earlier = machine["jobs"]
     if jobs is not None:
         remedy = "leave out jobs to continue with as many as before"
         refuse_other_settings({"jobs": earlier}, {"jobs": jobs}, f"{folder} holds a comparison", remedy)
-    return dataclasses.replace(placement, jobs=earlier, threads=noted["machine"]["threads"])
+    return dataclasses.replace(placement, jobs=earlier, threads=machine["threads"])
 
 
 def _settings_of_started(folder: Path) -> dict[str, Any] | None:
     """The settings of the comparison in a folder, once anything was measured or trained there."""
     path = folder / SETTINGS_FILE
     started = (folder / PRETRAINED_FILE).exists() or any(folder.glob(f"runs/*/*/{_RECIPE}"))
-    return json.loads(path.read_text()) if path.exists() and started else None
+    return read_settings(path) if path.exists() and started else None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = read_yaml(path)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected a mapping of options, found {type(recipe).__name__}")
+    return recipe
 
 
 def _wherever(recipe: Mapping[str, Any]) -> dict[str, Any]:

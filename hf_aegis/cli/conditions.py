@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe
+from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe, recipe_beside
 
 
 # Chosen by the comparison for each run.
@@ -49,7 +49,7 @@ def resolve_conditions(
     for name, own in conditions.items():
         place = f"{where}, condition {name!r}"
         if isinstance(own, str):
-            path = (source.parent if source else Path()) / own
+            path = recipe_beside(source or Path("recipe.yaml"), own, place)
             # A recipe of a single run says where that one goes.
             own = {key: value for key, value in read_recipe(path, train_hints()).items() if key not in _RESERVED}
             place = f"{place}, {path}"

@@ -9,6 +9,9 @@ from typing import Any
 from hf_aegis import __version__
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.comparison import Comparison, Run, placement_in, refuse_other_settings
+from hf_aegis.format_version import FORMAT_KEY, check_format_version, written_version
+from hf_aegis.json_files import read_json_object
+from hf_aegis.reports.comparison_files import read_result
 from hf_aegis.reports.results_table import COLUMNS, PRETRAINED_FILE, pretrained_scores
 from hf_aegis.reports.style import require_matplotlib
 
@@ -48,6 +51,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "pairs_90": {"preserve": "subspace", "subspace_sensitivity": 0.9, "anchor": "easy_vqa_pairs"},
 }
 # Of the measures of a comparison's table, those of the demo's.
+_KIND = "demo"
 _ROWS = {
     "vqa_cross_entropy": "VQA cross-entropy (nats/token)",
     "vqa_accuracy": "VQA accuracy (%)",
@@ -124,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     if failures := comparison.execute():
         raise OSError(failures[0]["error"])
 
-    measured = {run.condition: json.loads((run.folder / "result.json").read_text()) for run in comparison.runs}
+    measured = {run.condition: read_result(run.folder / "result.json") for run in comparison.runs}
     summary: dict[str, Any] = {"pretrained": pretrained_scores(folder / PRETRAINED_FILE), **measured}
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     _report(folder, comparison.runs)
@@ -152,12 +156,13 @@ def format_table(summary: dict[str, Any]) -> str:
 def _keep(settings: dict[str, Any], file: Path) -> None:
     """Notes the settings of a demo, so that results of others are not taken for its own."""
     if file.exists():
-        refuse_other_settings(
-            json.loads(file.read_text()), settings, f"{file.parent} holds a demo", "delete the folder"
-        )
+        earlier = read_json_object(file)
+        check_format_version(earlier, _KIND, file)
+        noted = {key: value for key, value in earlier.items() if key != FORMAT_KEY}
+        refuse_other_settings(noted, settings, f"{file.parent} holds a demo", "delete the folder")
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=2))
+        write_text(file, json.dumps({**written_version(_KIND), **settings}, indent=2))
 
 
 def _report(folder: Path, runs: list[Run]) -> None:
@@ -168,7 +173,7 @@ def _report(folder: Path, runs: list[Run]) -> None:
     metrics = {name: JSONLines(run / METRICS_FILE).read() for name, run in folders.items()}
     lines = (json.dumps({"condition": name, **record}) for name, records in metrics.items() for record in records)
     write_text(folder / METRICS_FILE, "".join(f"{line}\n" for line in lines))
-    loss_scale = json.loads((folders["aegis"] / "config.json").read_text())["flow_loss_scale"]
+    loss_scale = read_json_object(folders["aegis"] / "config.json")["flow_loss_scale"]
     plot_vqa(metrics, folder / "vqa.png")
     plot_flow(metrics, loss_scale, folder / "flow.png")
     projection = JSONLines(folders["aegis"] / PROJECTION_FILE).read()

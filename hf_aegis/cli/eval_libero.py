@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_aegis.cli.command_parser import CommandParser
+from hf_aegis.format_version import written_version
 
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def score_table(results: "Sequence[EpisodeResult]", settings: dict[str, Any]) ->
             seconds[name] = round(seconds.get(name, 0.0) + value, 3)
     errors = Counter(result.error for result in results if result.error is not None)
     return {
+        **written_version("rollout scores"),
         **settings,
         "counted": "success_rate is successes / episodes; crashed episodes are not among these episodes",
         **RolloutScore.of(results).to_dict(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.atomic_files import write_text
 from hf_aegis.cli.device import resolve_device
+from hf_aegis.format_version import written_version
 from hf_aegis.machine_paths import portable_name
 
 
@@ -137,6 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings=settings,
     )
     scores = {
+        **written_version("VQA scores"),
         **settings,
         "prompt": VQA_PROMPT,
         "batch_size": arguments.batch_size,

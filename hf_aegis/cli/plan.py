@@ -12,6 +12,8 @@ import yaml
 
 from hf_aegis.cli.command_parser import CommandParser
 from hf_aegis.cli.recipe import EXTENDS
+from hf_aegis.json_files import parse_json
+from hf_aegis.yaml_files import read_yaml
 
 
 if TYPE_CHECKING:
@@ -78,10 +80,7 @@ def _recipes(arguments: argparse.Namespace) -> tuple[bool, dict[str, dict[str, A
     from hf_aegis.cli.conditions import resolve_conditions, train_hints
     from hf_aegis.cli.recipe import check_values, merged, option_types, read_recipe, require_keys
 
-    try:
-        override = json.loads(arguments.override)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--override: {arguments.override!r} is not JSON: {error}") from error
+    override = parse_json(arguments.override, "--override")
     hints = option_types([CompareArguments])
     source: Path = arguments.config
     if not _compares(source):
@@ -101,10 +100,7 @@ def _recipes(arguments: argparse.Namespace) -> tuple[bool, dict[str, dict[str, A
 
 def _compares(path: Path, seen: frozenset[Path] = frozenset()) -> bool:
     """Whether a recipe, or one that it extends, has conditions. Reading it says what is wrong with it."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         return False
     below = values.get(EXTENDS)

@@ -8,18 +8,19 @@ and sets environment variables from a key `env`; so the file is read and checked
 import argparse
 import dataclasses
 import enum
-import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from hf_aegis.json_files import parse_json_object
+from hf_aegis.yaml_files import read_yaml
 
 
 EXTENDS = "extends"
 """Key of a recipe that names another one, which it is laid over."""
+_MOST_EXTENDED = 50
 # transformers annotates the field as text, which it is in old configurations, and asks for `fsdp=True`.
 _BESIDES: dict[str, Any] = {"fsdp": bool}
 
@@ -105,19 +106,43 @@ def read_recipe(path: Path, hints: Mapping[str, Any], extending: tuple[Path, ...
         ValueError: If a file is not a YAML mapping, a key is unknown or has the wrong type, or recipes extend one
             another in a circle; file and key are named.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or EXTENDS not in values:
         return check_values(values, hints, str(path))
     below = values.pop(EXTENDS)
     if not isinstance(below, str):
         raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, expected the path of a recipe")
     extending = (*extending, path.resolve())
-    if (base := (path.parent / below).resolve()) in extending:
+    base = recipe_beside(path, below, f"{path}: key {EXTENDS!r}")
+    if base in extending:
         raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, which extends this recipe in turn")
+    if len(extending) == _MOST_EXTENDED:
+        raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, the {_MOST_EXTENDED}th recipe over one another")
     return merged(read_recipe(base, hints, extending), check_values(values, hints, str(path)))
+
+
+def recipe_beside(path: Path, text: str, place: str) -> Path:
+    """
+    The recipe that another one names.
+
+    Args:
+        path (`Path`): The other one; what it names is relative to its folder.
+        text (`str`): What it names.
+        place (`str`): Where it does, for messages.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If this is no path.
+    """
+    try:
+        found = (path.parent / text).resolve()
+        exists = found.is_file()
+    # Names that no file has: with a zero byte, too long, or of links in a circle.
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{place} is {text[:80]!r}, which is no path: {error}") from error
+    if not exists:
+        raise FileNotFoundError(f"{place} is {text!r}: there is no recipe {found}")
+    return found
 
 
 def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,12 +221,9 @@ def _option_parser(dataclass_types: Sequence[type], hints: Mapping[str, Any], **
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
-    return value
+        return parse_json_object(text, repr(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _is_union(hint: Any) -> bool:

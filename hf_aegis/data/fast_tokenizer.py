@@ -14,11 +14,15 @@ from transformers.utils import PROCESSOR_NAME
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.data.fast_bpe import LAST_CODE, CoefficientEncoding, FASTDecodeError, train_bpe
+from hf_aegis.format_version import FORMAT_KEY, check_format_version, written_version
 from hf_aegis.functional.cosine_transform import dct, inverse_dct
+from hf_aegis.json_files import read_json_object
 
 
 logger = logging.getLogger(__name__)
 
+_KIND = "FAST tokenizer"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # PaliGemma's <seg> tokens, the last of its vocabulary, are left alone, as in openpi.
 SEGMENTATION_TOKENS = 128
 
@@ -266,11 +270,19 @@ class FASTTokenizer(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict, dict]:
         """The contents of `processor_config.json`; a `ValueError` where it does not describe a FAST tokenizer."""
+        place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", PROCESSOR_NAME)
+        if os.path.isfile(place):
+            read_json_object(place)  # transformers' own errors of what is no JSON are many
         values, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if missing := [key for key in ("scale", "vocab_size", "min_token") if key not in values]:
-            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            raise ValueError(f"{os.path.join(folder, PROCESSOR_NAME)}: not a FAST tokenizer: no {', '.join(missing)}")
+            raise ValueError(f"{place}: not a FAST tokenizer: no {', '.join(missing)}")
+        check_format_version(values, _KIND, place)
+        values.pop(FORMAT_KEY, None)
         return values, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor's configuration as JSON-ready values."""
+        return super().to_dict() | written_version(_KIND)
 
     @classmethod
     def _load_tokenizer_from_pretrained(
@@ -279,7 +291,19 @@ class FASTTokenizer(ProcessorMixin):
         # Beside processor_config.json, where published tokenizers have it; transformers would look a folder deeper.
         for key in ("trust_remote_code", "_from_auto"):
             kwargs.pop(key, None)
-        return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder)
+        for path in (folder / name for name in _TOKENIZER_FILES):
+            if path.is_file():
+                read_json_object(path)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            )
+        except OSError:
+            raise
+        # tokenizers has no error of its own, and transformers takes what is in the files for what it expects.
+        except Exception as error:
+            raise ValueError(f"{folder}: {', '.join(_TOKENIZER_FILES)} hold no tokenizer: {error!r}") from error
 
     def _report_clipping(self, wanted: np.ndarray, fitting: np.ndarray, out_of_range: str) -> None:
         changed = wanted != fitting

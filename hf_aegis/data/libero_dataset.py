@@ -225,7 +225,11 @@ class LiberoDataset(Dataset):
         return (normalize(values, statistics) if self.normalize else values).astype(np.float32)
 
     def _pictures(self, tasks: list[RecordedTask]) -> PictureSettings | None:
-        pictures = common_pictures({read_pictures(self._open(task.file), task) for task in tasks})
+        found = set()
+        for task in tasks:
+            with naming_damage(task.file):
+                found.add(read_pictures(self._open(task.file), task))
+        pictures = common_pictures(found)
         resized = pictures is not None and self.image_size not in (None, pictures.image_size)
         return None if resized else pictures
 

@@ -133,6 +133,11 @@ def read_child(group: h5py.Group, name: str, report: Report) -> h5py.Group | h5p
         return None
     child = group[name]
     if not isinstance(child, h5py.Dataset):
+        # Groups within themselves never end.
+        if (names := h5py.h5o.get_info(child.id).rc) > 1:
+            problem = f"a group with {names} names, of which one may lead into another, which is refused"
+            report(LiberoFormatError.at(group.file.filename, location, problem))
+            return None
         return child
     try:
         _ = child.dtype

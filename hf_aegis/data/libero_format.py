@@ -15,7 +15,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import h5py
 import numpy as np
+
+from hf_aegis.format_version import check_format_version, written_version
+from hf_aegis.json_files import parse_json_object
 
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
@@ -30,15 +34,18 @@ ACTION_DIMENSION = 7
 CONVENTION_ATTRIBUTE = "hf_aegis_convention"
 RECORDING_ATTRIBUTE = "hf_aegis_recording"
 """What hf-aegis' recorder was asked for, the pictures' rendering included, how often it tried, and with what."""
-FORMAT_VERSION = 1
 JPEG_SUFFIX = "_jpeg"
 """Appended to a camera's name where its frames are stored as JPEG streams."""
+
+LARGEST_SIDE = 4096
+"""Of frames, in pixels: what a file says is larger is refused before it is read."""
 
 OBSERVATIONS = ("before_action", "after_action")
 IMAGE_ORIGINS = ("top_left", "bottom_left")
 FRAMES = ("raw", "jpeg")
 
 # robosuite's macro IMAGE_CONVENTION, which LIBERO writes into every released file.
+_KIND = "demonstrations"
 _ORIGIN_OF_MACRO = {"opengl": "bottom_left", "opencv": "top_left"}
 
 
@@ -80,8 +87,8 @@ class LiberoConvention:
         if self.image_size is None:
             if self.frames == "jpeg":
                 raise ValueError("'image_size' is required where frames are stored as JPEG")
-        elif type(self.image_size) is not int or self.image_size < 1:
-            raise ValueError(f"'image_size' must be a positive integer, found {self.image_size!r}")
+        elif type(self.image_size) is not int or not 1 <= self.image_size <= LARGEST_SIDE:
+            raise ValueError(f"'image_size' must be an integer from 1 to {LARGEST_SIDE}, found {self.image_size!r}")
 
     @property
     def action_offset(self) -> int:
@@ -90,7 +97,7 @@ class LiberoConvention:
 
     def to_json(self) -> str:
         """The value of the attribute `hf_aegis_convention`."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})
+        return json.dumps({**written_version(_KIND), **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> "LiberoConvention":
@@ -100,35 +107,12 @@ class LiberoConvention:
         Raises:
             ValueError: not JSON, a missing key, a value that is not allowed, or a newer format version.
         """
-        values = parse_json_object(text)
-        version = values.get("format_version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"'format_version' must be a positive integer, found {version!r}")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {version} is newer than this hf-aegis reads (up to {FORMAT_VERSION}): "
-                "upgrade hf-aegis"
-            )
+        values = parse_json_object(text, CONVENTION_ATTRIBUTE)
+        check_format_version(values, _KIND, CONVENTION_ATTRIBUTE)
         keys = ("observation", "image_origin", "frames", "image_size")
         if missing := [key for key in keys if key not in values]:
             raise ValueError(f"missing keys {missing}, found {sorted(values)}")
         return cls(**{key: values[key] for key in keys})
-
-
-def parse_json_object(text: str) -> dict[str, Any]:
-    """
-    A JSON object as a dictionary.
-
-    Raises:
-        ValueError: the text is not JSON, or not an object.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"unreadable JSON: {error}; found {text[:60]!r}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {text[:60]!r}")
-    return values
 
 
 def text_attribute(attributes: Mapping[str, Any], key: str) -> str:
@@ -138,13 +122,16 @@ def text_attribute(attributes: Mapping[str, Any], key: str) -> str:
     Raises:
         ValueError: the attribute is missing or no string.
     """
-    if key not in attributes:
-        raise ValueError(f"missing attribute, found {sorted(map(str, attributes))}")
-    value = attributes[key]
-    if isinstance(value, bytes):
-        value = value.decode("utf-8")
-    if not isinstance(value, str):
-        raise ValueError(f"expected a string, found {type(value).__name__}")
+    value = _scalar(attributes, key)
+    try:
+        if isinstance(value, bytes):
+            value = value.decode("utf-8")
+        if not isinstance(value, str):
+            raise ValueError(f"expected a string, found {type(value).__name__}")
+        # h5py gives bytes that are no UTF-8 as halves of surrogate pairs.
+        value.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"expected a string in UTF-8: {error}") from error
     return value
 
 
@@ -155,12 +142,38 @@ def integer_attribute(attributes: Mapping[str, Any], key: str) -> int:
     Raises:
         ValueError: the attribute is missing or no integer.
     """
-    if key not in attributes:
-        raise ValueError(f"missing attribute, found {sorted(map(str, attributes))}")
-    value = attributes[key]
+    value = _scalar(attributes, key)
     if not isinstance(value, int | np.integer):
         raise ValueError(f"expected an integer, found {value!r}")
     return int(value)
+
+
+def read_recording(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What the recorder noted of a `data` group.
+
+    Raises:
+        ValueError: the attribute is missing or no JSON object, or has a newer format.
+    """
+    values = parse_json_object(text_attribute(attributes, RECORDING_ATTRIBUTE), RECORDING_ATTRIBUTE)
+    check_format_version(values, "recording", RECORDING_ATTRIBUTE)
+    return values
+
+
+def _scalar(attributes: Mapping[str, Any], key: str) -> Any:
+    """An attribute that is no array, which is told before its value is read."""
+    if key not in attributes:
+        raise ValueError(f"missing attribute, found {sorted(map(str, attributes))}")
+    if not isinstance(attributes, h5py.AttributeManager):
+        return attributes[key]
+    try:
+        stored = attributes.get_id(key)
+        if stored.shape != ():
+            raise ValueError(f"expected a single value, found shape {stored.shape}")
+        _ = stored.dtype
+        return attributes[key]
+    except TypeError as error:
+        raise ValueError(f"a type that cannot be read: {error}") from error
 
 
 def read_convention(

@@ -20,11 +20,11 @@ from hf_aegis.data.libero_format import (
     LiberoConvention,
     LiberoFormatError,
     integer_attribute,
-    parse_json_object,
     read_convention,
     text_attribute,
 )
-from hf_aegis.data.libero_frames import check_frames, frames_key, read_rows
+from hf_aegis.data.libero_frames import check_frames, frames_key, read_rows, refuse_bloated
+from hf_aegis.json_files import parse_json_object
 
 
 _DEMONSTRATION_NAME = re.compile(r"demo_(\d+)")
@@ -199,12 +199,12 @@ def read_demonstration(
             problem(datasets[name].name, text)
 
     if "actions" in datasets and datasets["actions"].ndim:
-        length = len(datasets["actions"])
+        length = datasets["actions"].shape[0]
         if length <= convention.action_offset:
             reason = " (its observations follow the actions, so one action is left without one)" if length else ""
             problem(group.name, f"too short: {length} steps, expected at least {convention.action_offset + 1}{reason}")
         for dataset in datasets.values():
-            if dataset.shape is None or dataset.ndim == 0 or len(dataset) != length:
+            if dataset.shape is None or dataset.ndim == 0 or dataset.shape[0] != length:
                 problem(dataset.name, f"shape {dataset.shape}, expected {length} rows as in {group.name}/actions")
         try:
             stated = integer_attribute(group.attrs, "num_samples")
@@ -231,6 +231,7 @@ def _read_numeric(dataset: h5py.Dataset, width: int) -> np.ndarray:
             dataset.name,
             f"expected floating point of shape (T, {width}), found {dataset.dtype} of shape {shape}",
         )
+    refuse_bloated(dataset)
     values = read_rows(dataset, slice(None)).astype(np.float64)
     # Items are float32: what overflows there is as unusable as infinity.
     usable = np.abs(values) <= np.finfo(np.float32).max
@@ -253,7 +254,7 @@ def _total_samples(group: h5py.Group, names: Sequence[str]) -> int | None:
 
 
 def _instruction(group: h5py.Group) -> str:
-    information = parse_json_object(text_attribute(group.attrs, "problem_info"))
+    information = parse_json_object(text_attribute(group.attrs, "problem_info"), "problem_info")
     value = information.get("language_instruction")
     # Released files hold a string, some of them within quotation marks; LIBERO itself joins and strips them too.
     if isinstance(value, list) and all(isinstance(part, str) for part in value):

@@ -1,5 +1,6 @@
 """What demonstration files hold, and everything that is wrong with them."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import numpy as np
 
 from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, read_child
 from hf_aegis.data.libero_format import CAMERAS, LiberoConvention, LiberoFormatError
-from hf_aegis.data.libero_frames import check_frames, frames_key, read_frame, read_rows
+from hf_aegis.data.libero_frames import check_frames, frames_key, read_frame, read_rows, refuse_bloated
 from hf_aegis.data.libero_hdf5 import Demonstration, RecordedTask, read_demonstration, read_task
 from hf_aegis.functional.normalization import MINIMUM_HALF_RANGE, DatasetStatistics, FeatureStatistics, quantile_map
 
@@ -18,7 +19,7 @@ from hf_aegis.functional.normalization import MINIMUM_HALF_RANGE, DatasetStatist
 ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 STATE_NAMES = (*(f"joint {index}" for index in range(1, 8)), "finger 1", "finger 2")
 
-_ROWS_AT_ONCE = 64
+_BYTES_AT_ONCE = 2**24
 
 
 @dataclass
@@ -145,13 +146,14 @@ def _inspect_contents(group: h5py.Group, convention: LiberoConvention, report: F
         if frames is None or check_frames(frames, convention):
             continue
         if convention.frames == "jpeg":
-            for step in range(len(frames)):
+            for step in range(frames.shape[0]):
                 with _collecting(report):
                     read_frame(frames, step, convention)
         else:
             with _collecting(report):
-                for start in range(0, len(frames), _ROWS_AT_ONCE):
-                    read_rows(frames, slice(start, start + _ROWS_AT_ONCE))
+                rows = max(1, _BYTES_AT_ONCE // math.prod(frames.shape[1:]))
+                for start in range(0, frames.shape[0], rows):
+                    read_rows(frames, slice(start, start + rows))
 
 
 def _dataset(group: h5py.Group, name: str) -> h5py.Dataset | None:
@@ -168,6 +170,7 @@ def _collecting(report: FileReport) -> Iterator[None]:
 
 
 def _require_finite(dataset: h5py.Dataset) -> None:
+    refuse_bloated(dataset)
     finite = np.isfinite(read_rows(dataset, slice(None)))
     if not finite.all():
         raise LiberoFormatError.at(

@@ -7,13 +7,19 @@ from typing import Any, Literal, Self
 
 import h5py
 
-from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file, resolve_files
+from hf_aegis.data.libero_files import (
+    find_data_groups,
+    naming_damage,
+    open_libero_file,
+    read_child,
+    refuse,
+    resolve_files,
+)
 from hf_aegis.data.libero_format import (
     CONVENTION_ATTRIBUTE,
     RECORDING_ATTRIBUTE,
     LiberoFormatError,
-    parse_json_object,
-    text_attribute,
+    read_recording,
 )
 from hf_aegis.data.libero_hdf5 import RecordedTask, read_task
 
@@ -88,7 +94,7 @@ def read_pictures(file: h5py.File, task: RecordedTask) -> PictureSettings | None
     attributes = file[task.path].attrs
     if RECORDING_ATTRIBUTE in attributes:
         try:
-            settings = parse_json_object(text_attribute(attributes, RECORDING_ATTRIBUTE)).get("settings")
+            settings = read_recording(attributes).get("settings")
             if not isinstance(settings, dict):
                 raise ValueError(f"expected the key 'settings' with an object, found {settings!r}")
             names = PictureSettings.__dataclass_fields__.keys()
@@ -99,10 +105,13 @@ def read_pictures(file: h5py.File, task: RecordedTask) -> PictureSettings | None
             raise LiberoFormatError.at(task.file, f"{task.path}@{RECORDING_ATTRIBUTE}", str(error)) from error
     if CONVENTION_ATTRIBUTE in attributes:
         return None
-    observations = file[f"{task.demonstrations[0]}/obs"].values()
+    observations = read_child(file[task.demonstrations[0]], "obs", refuse)
+    if not isinstance(observations, h5py.Group):
+        raise LiberoFormatError.at(task.file, f"{task.demonstrations[0]}/obs", "expected a group")
+    found = (read_child(observations, name, refuse) for name in observations)
     # Pictures are the observations (T, s, s, 3).
-    sides = {int(frames.shape[1]) for frames in observations if frames.ndim == 4}
-    return PictureSettings(sides.pop()) if len(sides) == 1 else None
+    sides = {int(frames.shape[1]) for frames in found if isinstance(frames, h5py.Dataset) and frames.ndim == 4}
+    return PictureSettings(sides.pop()) if len(sides) == 1 and 0 not in sides else None
 
 
 def pictures_of(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> PictureSettings | None:

@@ -12,17 +12,19 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_aegis.data.libero_combine import combine
-from hf_aegis.data.libero_files import open_libero_file
+from hf_aegis.data.libero_files import naming_damage, open_libero_file
 from hf_aegis.data.libero_format import (
     CAMERAS,
     RECORDING_ATTRIBUTE,
     LiberoConvention,
     LiberoFormatError,
-    parse_json_object,
+    integer_attribute,
     read_convention,
-    text_attribute,
+    read_recording,
 )
 from hf_aegis.data.libero_writer import Episode, replacing_hdf5, write_episode, write_task
+from hf_aegis.format_version import written_version
+from hf_aegis.json_files import require_keys
 from hf_aegis.simulation.libero_environment import LiberoEnvironment
 from hf_aegis.simulation.libero_tasks import LiberoTask, find_task, load_tasks
 from hf_aegis.simulation.scripted_expert import ScriptedExpert
@@ -206,7 +208,12 @@ def _record_task(task: LiberoTask, config: RecordingConfig) -> RecordingSummary:
                 progress.update()
             progress.set_postfix(success=f"{len(demonstrations) / attempts:.0%}")
         attributes = simulator.attributes() | {
-            RECORDING_ATTRIBUTE: {"settings": settings, "attempts": attempts, "versions": _versions()}
+            RECORDING_ATTRIBUTE: {
+                **written_version("recording"),
+                "settings": settings,
+                "attempts": attempts,
+                "versions": _versions(),
+            }
         }
     write_task(path, demonstrations, attributes, convention)
     for part in parts.iterdir():
@@ -322,7 +329,7 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
     path, settings = _path(task, config), _settings(config)
     if not path.exists():
         return [], 0
-    with open_libero_file(path) as file:
+    with open_libero_file(path) as file, naming_damage(path):
         recording = _recording(file, path)
         if recording["settings"] != settings:
             raise LiberoFormatError.at(
@@ -330,7 +337,7 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
                 f"/data@{RECORDING_ATTRIBUTE}",
                 f"recorded with {recording['settings']}, now asked for {settings}: choose another output_dir",
             )
-        count = int(file["data"].attrs["num_demos"])
+        count = _count(file, path, "num_demos")
         if count > config.num_demonstrations:
             raise LiberoFormatError.at(
                 path,
@@ -338,7 +345,7 @@ def _existing(task: LiberoTask, config: RecordingConfig) -> tuple[list[str], int
                 f"{count} demonstrations are there and {config.num_demonstrations} were asked for: "
                 f"ask for {count}, or choose another output_dir",
             )
-        earlier = recording.get("versions", {})
+        earlier = recording.get("versions") or {}
         for package, installed in _versions().items():
             if earlier.get(package) != installed:
                 raise LiberoFormatError.at(
@@ -355,20 +362,30 @@ def _recording(file: h5py.File, path: Path) -> dict[str, Any]:
         raise LiberoFormatError.at(
             path, f"/data@{RECORDING_ATTRIBUTE}", "missing: this file was not recorded here, choose another output_dir"
         )
-    read_convention(file["data"].attrs)
-    return parse_json_object(text_attribute(file["data"].attrs, RECORDING_ATTRIBUTE))
+    kinds = {"settings": dict, "attempts": int, "versions": (dict, type(None))}
+    try:
+        read_convention(file["data"].attrs)
+        return require_keys(read_recording(file["data"].attrs), kinds, RECORDING_ATTRIBUTE)
+    except ValueError as error:
+        raise LiberoFormatError.at(path, "/data", str(error)) from error
+
+
+def _count(file: h5py.File, path: Path, key: str) -> int:
+    try:
+        return integer_attribute(file["data"].attrs, key)
+    except ValueError as error:
+        raise LiberoFormatError.at(path, f"/data@{key}", str(error)) from error
 
 
 def _summary(task: LiberoTask, path: Path) -> RecordingSummary:
-    with open_libero_file(path) as file:
-        data = file["data"]
+    with open_libero_file(path) as file, naming_damage(path):
         return RecordingSummary(
             suite=task.suite,
             task=task.name,
             file=str(path),
-            demonstrations=int(data.attrs["num_demos"]),
+            demonstrations=_count(file, path, "num_demos"),
             attempts=_recording(file, path)["attempts"],
-            steps=int(data.attrs["total"]),
+            steps=_count(file, path, "total"),
         )
 
 

@@ -1,6 +1,5 @@
 """VQA sets by name: easy-VQA, anything that `datasets` loads, or a folder of images with questions in JSON lines."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from hf_aegis.data.pictures import read_picture
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.data.vqa_columns import VQAColumns
 from hf_aegis.data.vqa_samples import VQASample, VQASamples, choose
+from hf_aegis.json_files import parse_json_object
 
 
 EASY_VQA = "easy-vqa"
@@ -83,9 +83,9 @@ def _from_folder(
 ) -> VQASamples:
     file = folder / f"{_only_split(sorted(path.stem for path in folder.glob('*.jsonl')), split, str(folder))}.jsonl"
     rows = [
-        (number, _json_object(line, f"{file}, line {number}"))
+        (number, parse_json_object(line, f"{file}, line {number}"))
         # Texts may hold characters that `str.splitlines` breaks lines at.
-        for number, line in enumerate(file.read_bytes().decode().split("\n"), start=1)
+        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1)
         if line.strip()
     ]
     if not rows:
@@ -97,23 +97,18 @@ def _from_folder(
     return VQASamples(chosen, annotations.__getitem__, lambda row: read_picture(paths[row]))
 
 
-def _json_object(line: str, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{name}: expected an object with 'image', 'question' and 'answer'; found {line[:80]!r}.")
-    return row
-
-
 def _inside(folder: Path, value: Any, name: str, columns: VQAColumns) -> Path:
     if not isinstance(value, str):
         raise ValueError(f"{name}: key {columns.image!r} must hold a path inside {folder}; found {value!r}.")
-    path = (folder / value).resolve()
+    try:
+        path = (folder / value).resolve()
+        found = path.is_file()
+    # Names that no file has: with a zero byte, too long, or of links in a circle.
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name}: key {columns.image!r} is no path: {value[:80]!r}: {error}") from error
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{name}: key {columns.image!r} leads out of {folder}: {value!r}.")
-    if not path.is_file():
+    if not found:
         raise FileNotFoundError(f"{name}: key {columns.image!r}: there is no image {path}.")
     return path
 

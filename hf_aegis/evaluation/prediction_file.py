@@ -12,8 +12,11 @@ from hf_aegis.atomic_files import write_text
 from hf_aegis.data.vqa_samples import VQASample, annotations
 from hf_aegis.evaluation.vqa import sample_digest
 from hf_aegis.evaluation.vqa_scores import VQARecord
+from hf_aegis.format_version import check_format_version, written_version
+from hf_aegis.json_files import parse_json_object
 
 
+_KIND = "VQA predictions"
 _ANEW = "Delete the file, or choose another output, to start anew."
 
 
@@ -31,7 +34,8 @@ class PredictionFile:
         records (`list[VQARecord]`): the questions that were answered before.
 
     Raises:
-        ValueError: if the file was written with other settings, each named with both values, or is not such a file.
+        ValueError: if the file was written with other settings, each named with both values, is not such a file, or
+            has a newer format.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], batch_size: int):
@@ -42,17 +46,20 @@ class PredictionFile:
         # A line without its end was being written when the run was killed.
         lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
         if not lines:
-            write_text(path, json.dumps({"settings": settings}) + "\n")
+            write_text(path, json.dumps({**written_version(_KIND), "settings": settings}) + "\n")
             return
-        self._check(_parse(lines[0], path, 1).get("settings"), settings)
+        first = parse_json_object(lines[0], f"{path}, line 1")
+        check_format_version(first, _KIND, f"{path}, line 1")
+        self._check(first.get("settings"), settings)
         keep = (len(lines) - 1) // batch_size * batch_size
         if len(lines) - 1 == settings.get("count"):
             keep = len(lines) - 1
         for number, line in enumerate(lines[1 : keep + 1], start=2):
-            values = _parse(line, path, number)
+            # Of a model that has diverged the cross-entropy may not be finite.
+            values = parse_json_object(line, f"{path}, line {number}", finite=False)
             try:
                 self.records.append(VQARecord.from_dict(values))
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not an answered question: {error}") from error
         if (size := sum(len(line) + 1 for line in lines[: keep + 1])) != len(content):
             os.truncate(path, size)
@@ -103,13 +110,3 @@ class PredictionFile:
         ]
         if differing:
             raise ValueError(f"{self.path} was begun with other settings: {'; '.join(differing)}. {_ANEW}")
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}, line {number}: expected an object; found {values!r}.")
-    return values

@@ -9,6 +9,7 @@ from typing import Any
 from hf_aegis.data.vqa_samples import VQAAnnotation
 from hf_aegis.functional.bootstrap import bootstrap_interval
 from hf_aegis.functional.vqa_answers import any_match, exact_match, vqa_accuracy
+from hf_aegis.json_files import require_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,20 @@ class VQARecord:
         The record of [`~VQARecord.to_dict`]. What the prediction scores is computed anew, not read.
 
         Raises:
-            TypeError: if a key is missing or unknown, or the prediction is no text.
-            ValueError: if there are too few annotators' answers.
+            ValueError: if a key is missing, unknown or of another type, or there are too few annotators' answers.
         """
+        if unknown := sorted(values.keys() - _STORED.keys() - _COMPUTED):
+            raise ValueError(f"unknown keys {unknown}")
+        require_keys(values, _STORED, "the question")
         names = {field.name for field in dataclasses.fields(VQAAnnotation)}
         annotation = {key: value for key, value in values.items() if key in names}
-        if "answers" in annotation:
-            annotation["answers"] = tuple(annotation["answers"])
+        if (answers := annotation.get("answers")) is not None:
+            if not all(isinstance(answer, str) for answer in answers):
+                raise ValueError(f"'answers' must be texts; found {answers}")
+            annotation["answers"] = tuple(answers)
         found = {key: value for key, value in values.items() if key not in names | _COMPUTED}
         record = cls(VQAAnnotation(**annotation), **found)
-        if record.prediction is None:
-            return record
-        if not isinstance(record.prediction, str):
-            raise TypeError(f"'prediction' must be a text; found {record.prediction!r}")
-        return record.answered(record.prediction)
+        return record if record.prediction is None else record.answered(record.prediction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,13 @@ class VQAScore:
 
 MEASURES = ("cross_entropy", "accuracy", "any_match")
 """What is measured of each question."""
+_TEXT, _TEXT_OR_NONE = (str,), (str, type(None))
+# What a stored question has, and the types.
+_STORED: dict[str, tuple[type, ...]] = {
+    **{"question": _TEXT, "answer": _TEXT, "digest": _TEXT},
+    **dict.fromkeys(("question_type", "name", "question_id", "answer_type", "prediction"), _TEXT_OR_NONE),
+    **{"answers": (list, type(None)), "cross_entropy": (float, type(None))},
+}
 # What follows from a prediction and the ground truth.
 _COMPUTED = frozenset({"accuracy", "any_match"})
 

@@ -40,7 +40,8 @@ class FeatureStatistics:
         count (`int`): number of time steps.
 
     Raises:
-        ValueError: lengths differ, a value is not finite, or the order `min <= q01 <= q99 <= max` is broken.
+        ValueError: a value has the wrong type or is not finite, lengths differ, or the order
+            `min <= q01 <= q99 <= max` is broken.
     """
 
     name: str
@@ -53,9 +54,11 @@ class FeatureStatistics:
     count: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"statistics: 'name' must be a text, found {self.name!r}")
         for key in _PER_DIMENSION:
             values = getattr(self, key)
-            if isinstance(values, str) or not isinstance(values, Sequence):
+            if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(_is_number, values)):
                 raise ValueError(f"statistics of '{self.name}': '{key}' must be a list of numbers, found {values!r}")
             object.__setattr__(self, key, tuple(float(value) for value in values))
             for index, value in enumerate(getattr(self, key)):
@@ -69,8 +72,10 @@ class FeatureStatistics:
                     f"statistics of '{self.name}': '{key}' has {len(getattr(self, key))} dimensions, "
                     f"'q01' has {self.dimension}"
                 )
-        if self.count < 1:
-            raise ValueError(f"statistics of '{self.name}': count must be at least 1, found {self.count}")
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(
+                f"statistics of '{self.name}': count must be an integer of at least 1, found {self.count!r}"
+            )
         for index, (low, q01, q99, high) in enumerate(zip(self.min, self.q01, self.q99, self.max, strict=True)):
             if not low <= q01 <= q99 <= high:
                 raise ValueError(
@@ -122,7 +127,8 @@ class FeatureStatistics:
         Raises:
             ValueError: a key is missing or unknown, or the values are refused by the constructor.
         """
-        _require_keys(values, {field.name for field in fields(cls)}, f"statistics of '{values.get('name', '?')}'")
+        name = values.get("name", "?") if isinstance(values, Mapping) else "?"
+        _require_keys(values, {field.name for field in fields(cls)}, f"statistics of '{name}'")
         return cls(**values)
 
 
@@ -248,7 +254,13 @@ def _require_finite(values: np.ndarray | torch.Tensor, name: str) -> None:
         raise ValueError(f"'{name}' holds NaN or infinity, first at index {where}")
 
 
-def _require_keys(values: Mapping[str, Any], expected: set[str], what: str) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _require_keys(values: Any, expected: set[str], what: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what}: expected the keys {sorted(expected)}, found {values!r}")
     if missing := sorted(expected - set(values)):
         raise ValueError(f"{what}: missing {missing}")
     if unknown := sorted(set(values) - expected):

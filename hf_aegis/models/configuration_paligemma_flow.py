@@ -1,11 +1,16 @@
 """Configuration of a PaliGemma with a flow-matching action expert."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PaliGemmaConfig
+from transformers.utils import CONFIG_NAME
 
+from hf_aegis.format_version import NEWEST_VERSIONS, check_format_version
 from hf_aegis.functional.flow_matching import check_beta_sampling
+
+
+_KIND = "policy"
 
 
 @strict
@@ -40,6 +45,8 @@ class PaliGemmaFlowConfig(PaliGemmaConfig):
             Where the vision-language model came from, an id on the Hub or the name of a folder; written by
             `PaliGemmaFlowForAction.from_vlm`.
         vlm_revision (`str`, *optional*): the commit it was loaded at, where it came from the Hub; as before.
+        format_version (`int`, *optional*, defaults to 1):
+            Of the model's files. Those of a newer version than this package reads are refused.
 
     The sizes of the expert are this project's choice: the AEGIS preprint (arXiv 2604.16067) does not give them.
 
@@ -70,6 +77,18 @@ class PaliGemmaFlowConfig(PaliGemmaConfig):
     max_period: float | int = 4.0
     vlm_name_or_path: str | None = None
     vlm_revision: str | None = None
+    format_version: int = NEWEST_VERSIONS[_KIND]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As of [`~transformers.PreTrainedConfig`].
+
+        Raises:
+            ValueError: the model has a newer format.
+        """
+        check_format_version(config_dict, _KIND, config_dict.get("_name_or_path") or CONFIG_NAME)
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_flow(self) -> None:
         """Part of the `@strict` validation: ranges of the expert's and the flow's fields."""

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PaliGemmaProcessor
+from transformers.utils import PROCESSOR_NAME
 
 from hf_aegis.data.fast_tokenizer import FASTTokenizer
 from hf_aegis.data.libero_pictures import PictureSettings
+from hf_aegis.format_version import FORMAT_KEY, check_format_version, written_version
 from hf_aegis.functional.normalization import (
     DatasetStatistics,
     FeatureStatistics,
@@ -23,6 +25,7 @@ from hf_aegis.models.action_tokens import append_suffix, bind_to_vlm, refuse_act
 
 Array = np.ndarray | torch.Tensor
 
+_KIND = "policy processor"
 # Where a saved processor keeps its FAST tokenizer.
 ACTION_TOKENIZER_FOLDER = "action_tokenizer"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -90,6 +93,9 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict, dict]:
         """The contents of `processor_config.json`, with the FAST tokenizer loaded where there is one."""
         values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", PROCESSOR_NAME)
+        check_format_version(values, _KIND, place)
+        values.pop(FORMAT_KEY, None)
         if values.get("action_tokenizer") is not None:
             options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
             folder = os.path.join(kwargs.get("subfolder") or "", values["action_tokenizer"])
@@ -280,7 +286,7 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """The processor as JSON-ready values, the statistics included."""
-        output = super().to_dict()
+        output = super().to_dict() | written_version(_KIND)
         output["statistics"] = None if self.statistics is None else self.statistics.to_dict()
         output["pictures"] = None if self.pictures is None else self.pictures.to_dict()
         output["action_tokenizer"] = None if self.action_tokenizer is None else ACTION_TOKENIZER_FOLDER

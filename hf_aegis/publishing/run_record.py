@@ -1,16 +1,15 @@
 """What a run's folder tells of it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
+from hf_aegis.json_files import read_json_object
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.publishing.methods import Method, describe_method
+from hf_aegis.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,7 @@ def _before(folder: Path, questions: str | None) -> dict[str, float]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    found = read_json_object(path) if path.suffix == ".json" else read_yaml(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds {type(found).__name__}, expected a mapping")
     return dict(found)

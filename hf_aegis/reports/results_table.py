@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.format_version import FORMAT_KEY, written_version
 from hf_aegis.functional.wilson import wilson_interval
 from hf_aegis.machine_paths import without_machine_paths
+from hf_aegis.reports.comparison_files import (
+    read_failures,
+    read_result,
+    read_rollout_scores,
+    read_scores,
+    read_settings,
+)
 
 
 SETTINGS_FILE = "compare.json"
@@ -33,7 +41,7 @@ ROLLOUTS_NOTE = (
     "independent; episodes that crashed say nothing of the policy and are counted beside, those of all seeds together."
 )
 
-_ABOUT_THE_RUN = ("fingerprints", "versions")
+_ABOUT_THE_RUN = (FORMAT_KEY, "fingerprints", "versions")
 _MISSING = "–"
 
 
@@ -113,9 +121,10 @@ def collect_results(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If the folder holds no comparison.
-        ValueError: If a run's final questions are not those that the model was asked before.
+        ValueError: If a file is not what it should be, or has a newer format; file and key are named. If a run's final
+            questions are not those that the model was asked before.
     """
-    settings = _read(folder / SETTINGS_FILE)
+    settings = read_settings(folder / SETTINGS_FILE)
     before = _before(folder / PRETRAINED_FILE)
     runs: list[dict[str, Any]] = []
     versions: list[dict[str, str]] = []
@@ -124,7 +133,7 @@ def collect_results(folder: Path) -> dict[str, Any]:
             path = folder / "runs" / condition / f"seed_{seed}" / "result.json"
             if not path.exists():
                 continue
-            result = _read(path)
+            result = read_result(path)
             _same_questions(result, before, path, folder / PRETRAINED_FILE)
             rollouts = _rollouts(path.with_name(ROLLOUTS_FILE))
             runs.append({"condition": condition, "seed": seed, **_numbers(result, before), **rollouts})
@@ -140,8 +149,8 @@ def collect_results(folder: Path) -> dict[str, Any]:
         if "libero_success" in measures:
             measures["libero_success"]["interval"] = _pooled_interval(own)
         conditions[condition] = {"runs": len(own), "measures": measures}
-    failures = _read(folder / FAILURES_FILE) if (folder / FAILURES_FILE).exists() else []
     return {
+        **written_version("results"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_machine_paths(settings.get("command")),
         "machine": settings.get("machine"),
@@ -150,7 +159,7 @@ def collect_results(folder: Path) -> dict[str, Any]:
         "before": before,
         "conditions": conditions,
         "runs": runs,
-        "failed": without_machine_paths(failures),
+        "failed": without_machine_paths(read_failures(folder / FAILURES_FILE)),
         "settings": without_machine_paths(settings),
     }
 
@@ -213,13 +222,13 @@ def write_results(folder: Path) -> dict[str, Any]:
 
 def pretrained_scores(path: Path) -> dict[str, Any]:
     """The output of `hf-aegis eval-vqa` under the names that a run's `result.json` has."""
-    scores = _read(path)
+    scores = read_scores(path)
     found = {
         "vqa_cross_entropy": scores["cross_entropy"],
         "vqa_accuracy": scores["accuracy"],
         "vqa_any_match": scores.get("any_match"),
         "vqa_accuracy_by_type": _accuracies(scores["by_type"]),
-        "vqa_accuracy_by_answer_type": _accuracies(scores.get("by_answer_type", {})),
+        "vqa_accuracy_by_answer_type": _accuracies(scores.get("by_answer_type") or {}),
     }
     return {key: value for key, value in found.items() if value not in (None, {})}
 
@@ -231,11 +240,11 @@ def _accuracies(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def _before(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    return {**_flat(pretrained_scores(path)), "fingerprint": _read(path).get("fingerprint")}
+    return {**_flat(pretrained_scores(path)), "fingerprint": read_scores(path).get("fingerprint")}
 
 
 def _same_questions(result: Mapping[str, Any], before: Mapping[str, Any] | None, path: Path, asked: Path) -> None:
-    after = result.get("fingerprints", {}).get("vqa_final")
+    after = (result.get("fingerprints") or {}).get("vqa_final")
     if before is not None and after is not None and after != before["fingerprint"]:
         raise ValueError(
             f"{path}: key 'fingerprints.vqa_final' is {after}, but key 'fingerprint' of {asked} is "
@@ -257,7 +266,7 @@ def _rollouts(path: Path) -> dict[str, float | None]:
     """How often the trained model succeeded, in total and by suite, and of how many episodes."""
     if not path.exists():
         return {}
-    scores = _read(path)
+    scores = read_rollout_scores(path)
     suites = scores["by_suite"] if len(scores["by_suite"]) > 1 else {}
     return {
         "libero_success": scores["success_rate"],
@@ -302,7 +311,3 @@ def _aggregate(values: Iterable[float | None]) -> dict[str, Any]:
         "std": statistics.stdev(found) if len(found) > 1 else None,
         "n": len(found),
     }
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -54,6 +54,7 @@ _PROJECTION = (
 )
 # Of cells of the map without a finite cosine; not among the colours of cosines.
 _MISSING_COLOR = "0.7"
+_MOST_CELLS = 25_000_000
 # About as wide is the map.
 _MAP_PIXELS = 1000
 
@@ -149,11 +150,22 @@ def _draw_map(figure: Any, axis: Any, groups: Sequence[str], cosines: np.ndarray
 
 
 def conflict_map(projections: Sequence[Records]) -> tuple[list[str], np.ndarray]:
-    """Groups, lowest layer first, and the mean cosine of each at each step over runs and backward passes, `(G, S)`."""
+    """
+    Groups, lowest layer first, and the mean cosine of each at each step over runs and backward passes, `(G, S)`.
+
+    Raises:
+        ValueError: If there are more groups and steps than a map is made of.
+    """
     records = [record for projection in projections for record in projection]
     groups = group_order({group for record in records for group in record["groups"]})
     row = {group: index for index, group in enumerate(groups)}
-    sums = np.zeros((len(groups), max(record["step"] for record in records)))
+    last = max(record["step"] for record in records)
+    if len(groups) * last > _MOST_CELLS:
+        raise ValueError(
+            f"projection.jsonl: {len(groups)} groups at steps up to {last} are too many for a map of at most "
+            f"{_MOST_CELLS} cells"
+        )
+    sums = np.zeros((len(groups), last))
     counts = np.zeros_like(sums)
     for record in records:
         for group, cosine in zip(record["groups"], record["cosine"], strict=True):

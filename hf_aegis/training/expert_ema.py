@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_aegis.atomic_files import replacing
+from hf_aegis.format_version import check_format_version, written_version
 from hf_aegis.gradients import gathered, local_part, own_part
+from hf_aegis.json_files import require_keys
 
 
 EMA_FILE = "expert_ema.safetensors"
+_KIND = "expert average"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class ExpertEMA:
@@ -92,21 +97,31 @@ class ExpertEMA:
         if not writes:
             return
         with replacing(Path(folder) / EMA_FILE) as staged:
-            save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step)})
+            version = {key: str(value) for key, value in written_version(_KIND).items()}
+            save_file(tensors, staged, metadata={"format": "pt", "step": str(self.step), **version})
 
     def load(self, folder: str | os.PathLike) -> None:
         """
         Reads what [`save`] wrote.
 
         Raises:
-            ValueError: If the file is missing or averages other parameters.
+            ValueError: If the file is missing, is no such file, averages other parameters, or has a newer format.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = Path(folder) / EMA_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: the checkpoint was saved without an expert average")
-        stored = load_file(path)
+        try:
+            stored = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        # All that a header holds is text.
+        numbers = {key: int(text) if _NUMBER.fullmatch(text) else text for key, text in metadata.items()}
+        check_format_version(numbers, _KIND, path)
+        require_keys(numbers, {"step": int}, path)
         for name, parameter in self.parameters.items():
             if name not in stored or stored[name].shape != parameter.shape:
                 found = tuple(stored[name].shape) if name in stored else "nothing"
@@ -115,5 +130,4 @@ class ExpertEMA:
             raise ValueError(f"{path} averages {more[0]!r}, which is not among the expert's trainable parameters")
         for name, average in self.average.items():
             average.copy_(own_part(stored[name], self.parameters[name]))
-        with safe_open(path, framework="pt") as file:
-            self.step = int(file.metadata()["step"])
+        self.step = numbers["step"]

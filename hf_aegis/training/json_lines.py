@@ -1,5 +1,6 @@
 """A file of JSON lines, one per record of a run, that a resumed run continues."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.json_files import is_kind, parse_json_object
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -16,6 +18,9 @@ PROJECTION_FILE = "projection.jsonl"
 """What each projected backward pass of a training run did."""
 EXPERTS_FILE = "experts.jsonl"
 """How a training run's routers spread the tokens over the experts."""
+
+# Far beyond any training. Figures keep a place for each step.
+_LAST_STEP = 10_000_000
 
 
 def finite_json(value: Any) -> Any:
@@ -57,14 +62,29 @@ class JSONLines:
                 file.write(json.dumps(finite_json(record), allow_nan=False).encode() + b"\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a killed process left half-written is passed over."""
+        """
+        All whole records; a last line that a killed process left half-written is passed over.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If a line is no JSON object, or has no step; the line is named.
+        """
         records = []
+        content = self.path.read_bytes()
+        # Only a last line without its end may be half-written.
+        whole = content.rfind(b"\n") + 1
         # Not `splitlines`: a line separator of Unicode may stand inside a JSON string.
-        lines = self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):
-                    raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+            records.append(self._record(line, number))
+        if rest := content[whole:]:
+            with contextlib.suppress(ValueError):
+                records.append(self._record(rest, len(records) + 1))
         return records
+
+    def _record(self, line: bytes, number: int) -> dict[str, Any]:
+        record = parse_json_object(line, f"{self.path}, line {number}")
+        if not is_kind(step := record.get("step"), (int,)) or not 0 <= step <= _LAST_STEP:
+            raise ValueError(
+                f"{self.path}, line {number}: key 'step' is {step!r}, expected an integer from 0 to {_LAST_STEP:,}"
+            )
+        return record

@@ -6,6 +6,12 @@ from typing import Any, ClassVar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_aegis.format_version import check_format_version, written_version
+from hf_aegis.json_files import require_keys
+
+
+_KIND = "callback state"
+
 
 class ResumableCallback(TrainerCallback, ExportableState):
     """
@@ -25,7 +31,8 @@ class ResumableCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """In the form of [`~transformers.trainer_callback.ExportableState`]."""
-        return {"args": {}, "attributes": {name: copy.copy(getattr(self, name)) for name in self.initial}}
+        attributes = {name: copy.copy(getattr(self, name)) for name in self.initial}
+        return {**written_version(_KIND), "args": {}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,7 +45,10 @@ class ResumableCallback(TrainerCallback, ExportableState):
                     f"the checkpoint of step {state.global_step} holds no state of {type(self).__name__}: it was not "
                     "saved by a run like this one, whose figures could be continued"
                 )
-            values = stored[type(self).__name__]["attributes"]
+            own = stored[type(self).__name__]
+            where = f"the checkpoint of step {state.global_step}, {type(self).__name__}"
+            check_format_version(require_keys(own, {"attributes": dict}, where), _KIND, where)
+            values = own["attributes"]
             if missing := [name for name in self.initial if name not in values]:
                 raise ValueError(
                     f"the checkpoint of step {state.global_step} holds a state of {type(self).__name__} without "

@@ -18,6 +18,8 @@ from hf_aegis.atomic_files import write_text
 from hf_aegis.data.vqa import VQACollator
 from hf_aegis.evaluation.expert_spectra import ExpertSpectra
 from hf_aegis.evaluation.vqa import VQAHoldout
+from hf_aegis.format_version import FORMAT_KEY, check_format_version, written_version
+from hf_aegis.json_files import read_json_object
 from hf_aegis.models import PaliGemmaFlowCollator, PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.publishing import write_card
 from hf_aegis.training.adapters import add_gse, add_lora
@@ -45,6 +47,7 @@ from hf_aegis.training.weight_interpolation import WeightPath
 
 
 RESULT_FILE = "result.json"
+_RESULT_KIND = "training result"
 ADAPTER_FOLDER = "adapter"
 EXPERT_SPECTRA_FILE = "analysis/expert_spectra.json"
 _PACKAGES = ("hf-aegis", "torch", "transformers", "accelerate", "peft", "datasets", "h5py", "numpy", "safetensors")
@@ -231,7 +234,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
     trainer.save_model(str(folder), _internal_call=True)
     result = finite_json(result)
     if main:
-        write_text(folder / RESULT_FILE, json.dumps(result, indent=2, allow_nan=False))
+        written = {**written_version(_RESULT_KIND), **result}
+        write_text(folder / RESULT_FILE, json.dumps(written, indent=2, allow_nan=False))
         write_card(folder)
     return result
 
@@ -279,9 +283,13 @@ def _last_evaluation(trainer: AEGISTrainer) -> dict[str, float] | None:
 
 def _finished(folder: Path, recipe: RunRecipe) -> dict[str, Any] | None:
     known = folder / RECIPE_FILE
-    if known.exists() and (difference := recipe.difference(known.read_text())) is not None:
+    if known.exists() and (difference := recipe.difference(known.read_text(encoding="utf-8"))) is not None:
         raise ValueError(
             f"{folder} holds a run with another recipe: {difference}. Choose another output_dir, or delete the folder"
         )
-    result = folder / RESULT_FILE
-    return json.loads(result.read_text()) if known.exists() and result.exists() else None
+    path = folder / RESULT_FILE
+    if not known.exists() or not path.exists():
+        return None
+    result = read_json_object(path)
+    check_format_version(result, _RESULT_KIND, path)
+    return {key: value for key, value in result.items() if key != FORMAT_KEY}

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.run_arguments import RunArguments
+from hf_aegis.yaml_files import parse_yaml
 
 
 RECIPE_FILE = "recipe.yaml"
@@ -51,14 +52,21 @@ class RunRecipe:
         return hash_line + yaml.safe_dump(self.portable, sort_keys=False)
 
     def difference(self, text: str) -> str | None:
-        """What is different in a `recipe.yaml`, for an error; `None` for one of the same arguments."""
+        """
+        What is different in a `recipe.yaml`, for an error; `None` for one of the same arguments.
+
+        Raises:
+            ValueError: If the text is no YAML mapping.
+        """
         noted = _HASH_LINE.match(text)
         if noted is not None and noted[1] == self._hash():
             return None
-        earlier = yaml.safe_load(text)
+        earlier = parse_yaml(text, RECIPE_FILE)
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{RECIPE_FILE}: expected a mapping of arguments, found {type(earlier).__name__}")
         # One without a hash has paths in full.
         own = self.arguments if noted is None else self.portable
-        different = sorted(key for key in earlier.keys() | own.keys() if earlier.get(key) != own.get(key))
+        different = sorted((key for key in earlier.keys() | own.keys() if earlier.get(key) != own.get(key)), key=str)
         if different:
             key = different[0]
             return f"{key} is {earlier.get(key)!r} there and {own.get(key)!r} here"

@@ -149,8 +149,8 @@ def test_a_recipe_sets_no_environment_variables(parse, monkeypatch):
         (("--folder", "a", "--coun", "4"), "unrecognized arguments: --coun 4; see hf-aegis --help"),
         (("--folder", "a", "stray"), "unrecognized arguments: stray"),
         (("--folder", "a", "--kind", "best"), "argument --kind: invalid choice: 'best'"),
-        (("--folder", "a", "--sizes", "3"), "argument --sizes: expected a JSON object, found '3'"),
-        (("--folder", "a", "--sizes", "{"), "argument --sizes: '{' is not JSON"),
+        (("--folder", "a", "--sizes", "3"), "argument --sizes: '3': expected a JSON object, found 3"),
+        (("--folder", "a", "--sizes", "{"), "argument --sizes: '{': not JSON"),
         (("--folder", "a", "--config"), "argument --config: expected one argument"),
     ],
 )

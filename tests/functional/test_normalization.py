@@ -152,11 +152,14 @@ def test_dictionaries_survive_json_exactly(state, actions):
         ({"q01": (2.0, 2.0)}, "dimension 0 breaks min <= q01 <= q99 <= max"),
         ({"std": (float("nan"), 1.0)}, "'std' of dimension 0 is nan"),
         ({"std": "12"}, "'std' must be a list of numbers"),
-        ({"count": 0}, "count must be at least 1"),
+        ({"count": 0}, "count must be an integer of at least 1"),
+        ({"count": True}, "count must be an integer of at least 1"),
+        ({"q01": ["1"]}, "'q01' must be a list of numbers"),
+        ({"name": None}, "'name' must be a text"),
     ],
 )
 def test_impossible_statistics_are_refused(change, message):
-    with pytest.raises(ValueError, match=f"statistics of 'actions'.*{message}"):
+    with pytest.raises(ValueError, match=f"statistics.*{message}"):
         replace(ramp(), **change)
 
 

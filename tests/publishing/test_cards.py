@@ -108,7 +108,7 @@ def test_a_model_alone_claims_no_method(tmp_path):
 
 def test_a_broken_file_is_named(run_folder):
     (run_folder / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"result\.json: not JSON"):
         RunRecord.read(run_folder)
 
 

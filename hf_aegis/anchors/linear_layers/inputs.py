@@ -15,6 +15,7 @@ from hf_aegis.anchors.linear_layers.subspaces import InputSubspace, SubspaceOpti
 from hf_aegis.anchors.partial_collection import Snapshot
 from hf_aegis.anchors.shares import Share
 from hf_aegis.hooks import removed_afterwards
+from hf_aegis.json_files import require_keys
 
 
 class LinearInputs:
@@ -117,8 +118,11 @@ class LinearInputs:
     def restore(self, snapshot: Snapshot) -> bool:
         """Goes on from earlier sums, see [`~anchors.partial_collection.Resumable`]."""
         devices = {name: next(module.parameters()).device for name, module in self.linears.items()}
+        owners = require_keys(snapshot.fields, {"owners": dict}, "fields")["owners"]
+        if not all(isinstance(owner, str) for owner in owners.values()):
+            raise ValueError(f"key 'owners' must hold names of linear layers, found {owners}")
         self._statistics = unpack_sums(snapshot.tensors, devices, self._test_matrices)
-        self._owners = snapshot.fields["owners"]
+        self._owners = owners
         return True
 
     def _observe(self, name: str, input: Tensor, *_args: Any, **_kwargs: Any) -> None:

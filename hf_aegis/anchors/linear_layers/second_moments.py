@@ -26,10 +26,15 @@ class SketchMatrices:
         self.options = options
         self._matrices: dict[tuple[int, torch.device], Tensor] = {}
 
+    def columns(self, width: int) -> int:
+        """How many columns the sums over inputs of a width have: as many, or those of a sketch."""
+        columns = self.options.max_rank + self.options.oversampling
+        return width if width <= max(self.options.exact_width, columns) else columns
+
     def matrix(self, width: int, device: torch.device) -> Tensor | None:
         """Ω `(width, l)` in float32, or `None` for inputs whose second moments are summed in full."""
-        columns = self.options.max_rank + self.options.oversampling
-        if width <= max(self.options.exact_width, columns):
+        columns = self.columns(width)
+        if columns == width:
             return None
         if (width, device) not in self._matrices:
             generator = torch.Generator().manual_seed(self.options.seed)
@@ -140,13 +145,23 @@ def unpack_sums(
         tensors (`Mapping[str, Tensor]`): What it gave, and maybe others.
         devices (`Mapping[str, torch.device]`): Where the sums are to be, by key; keys without sums do not matter.
         test_matrices ([`SketchMatrices`]): As for the sums at first.
+
+    Raises:
+        ValueError: if tensors are missing, or have another shape or dtype than sums have.
     """
     found = {}
     for key, device in devices.items():
-        if f"{key}.products" in tensors:
-            width = tensors[f"{key}.products"].shape[0]
+        if (products := tensors.get(f"{key}.products")) is not None:
+            width = products.shape[0] if products.dim() == 2 else 0
+            shapes = {"products": (width, test_matrices.columns(width)), "energy": (), "count": ()}
+            # Before anything is made of the width that the file says.
+            for name, shape in shapes.items():
+                part = tensors.get(f"{key}.{name}")
+                if width == 0 or part is None or tuple(part.shape) != shape or not part.is_floating_point():
+                    shown = None if part is None else (part.dtype, tuple(part.shape))
+                    raise ValueError(f"{key}.{name} must be floating point of shape {shape}, found {shown}")
             found[key] = SecondMoments(width, device, test_matrices.matrix(width, device))
-            for name in _SUMS:
+            for name in shapes:
                 getattr(found[key], name).copy_(tensors[f"{key}.{name}"])
     return found
 

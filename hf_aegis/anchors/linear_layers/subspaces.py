@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,15 @@ STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Energies are rounded, and those of a sketch are estimates: their sum may exceed the total by this share.
 _ENERGY_TOLERANCE = 1e-3
 
+_NUMBERS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("energy", "temperature"), int | float, "a number"),
+    (
+        ("min_rank", "max_rank", "exact_width", "oversampling", "seed", "max_output_rank"),
+        int,
+        "an integer",
+    ),
+    (("sensitivity",), bool, "true or false"),
+)
 _SENSITIVITY_FIELDS = {"sensitivity", "temperature", "max_output_rank"}
 
 
@@ -72,8 +81,15 @@ class SubspaceOptions:
     def __post_init__(self) -> None:
         if isinstance(self.modules, str):
             raise ValueError(f"modules must be a sequence of names, found the string {self.modules!r}")
+        if not isinstance(self.modules, Sequence) or not all(isinstance(name, str) for name in self.modules):
+            raise ValueError(f"modules must be a sequence of names, found {self.modules!r}")
         # JSON has lists only.
         object.__setattr__(self, "modules", tuple(self.modules))
+        for names, kinds, what in _NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                    raise ValueError(f"{name} must be {what}, found {value!r}")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy must be above 0 and at most 1, found {self.energy}")
         lowests = {"min_rank": 1, "max_rank": 1, "max_output_rank": 1, "exact_width": 0, "oversampling": 0}
@@ -82,7 +98,7 @@ class SubspaceOptions:
                 raise ValueError(f"{name} must be at least {lowest}, found {getattr(self, name)}")
         if self.min_rank > self.max_rank:
             raise ValueError(f"min_rank must not exceed max_rank, found {self.min_rank} and {self.max_rank}")
-        if self.dtype not in STORAGE_DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in STORAGE_DTYPES:
             raise ValueError(f"dtype must be one of {tuple(STORAGE_DTYPES)}, found {self.dtype!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, found {self.temperature}")

@@ -8,8 +8,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from hf_aegis.evaluation.rollouts.episodes import EpisodeResult
+from hf_aegis.format_version import check_format_version, written_version
+from hf_aegis.json_files import parse_json_object
 
 
+_KIND = "episodes"
 _ANEW = "Delete the file, or choose another output, to start anew."
 
 
@@ -26,8 +29,8 @@ class EpisodeFile:
         results (`dict`): By [`EpisodeResult.key`], the episodes finished so far.
 
     Raises:
-        ValueError: If the file was written with other settings, each named with both values, is not such a file, or is
-            held by another process.
+        ValueError: If the file was written with other settings, each named with both values, is not such a file, has
+            a newer format, or is held by another process.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -68,13 +71,16 @@ class EpisodeFile:
             self._file.truncate(whole)
         lines = content[:whole].split(b"\n")[:-1]
         if not lines:
-            self._write({"settings": self._settings})
+            self._write({**written_version(_KIND), "settings": self._settings})
             return
-        self._check(self._parse(lines[0], 1).get("settings"))
+        first = parse_json_object(lines[0], f"{self.path}, line 1")
+        check_format_version(first, _KIND, f"{self.path}, line 1")
+        self._check(first.get("settings"))
         for number, line in enumerate(lines[1:], start=2):
+            values = parse_json_object(line, f"{self.path}, line {number}")
             try:
-                result = EpisodeResult.from_dict(self._parse(line, number))
-            except (TypeError, ValueError) as error:
+                result = EpisodeResult.from_dict(values)
+            except ValueError as error:
                 raise ValueError(f"{self.path}, line {number}: not an episode: {error}") from error
             self.results[result.key] = result
 
@@ -104,12 +110,3 @@ class EpisodeFile:
         ]
         if differing:
             raise ValueError(f"{self.path} was begun with other settings: {'; '.join(differing)}. {_ANEW}")
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{self.path}, line {number}: not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{self.path}, line {number}: expected an object; found {values!r}.")
-        return values

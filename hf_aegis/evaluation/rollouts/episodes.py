@@ -4,7 +4,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,17 @@ import numpy as np
 
 from hf_aegis.evaluation.rollouts.film import Film
 from hf_aegis.evaluation.rollouts.policy import Observation, Policy, PolicyError, checked_chunk
+from hf_aegis.json_files import require_keys
 from hf_aegis.simulation.libero_environment import SIMULATOR_CAMERAS
 
 
 _BEAT_STEPS = 10
 """A sign of life is given this often."""
+
+_STORED: dict[str, tuple[type, ...]] = {
+    **{"suite": (str,), "task": (str,), "start": (int,), "seed": (int,), "success": (bool, type(None))},
+    **{"steps": (int,), "wall_s": (float,), "error": (str, type(None)), "seconds": (dict,)},
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +100,12 @@ class EpisodeResult:
         Raises:
             ValueError: If a key is missing or its value of another type.
         """
-        names = [f.name for f in fields(cls)]
-        if missing := [name for name in names if name not in values]:
+        if missing := [name for name in _STORED if name not in values and name not in ("error", "seconds")]:
             raise ValueError(f"keys {missing} are missing")
-        result = cls(**{name: values[name] for name in names})
-        if result.success not in (True, False, None) or type(result.start) is not int:
-            raise ValueError(f"success is {result.success!r} and start {result.start!r}")
-        return result
+        values = {"seconds": {}, **values}
+        require_keys(values, _STORED, "the episode")
+        require_keys(values["seconds"], dict.fromkeys(values["seconds"], (float,)), "the episode, key 'seconds'")
+        return cls(**{name: values[name] for name in _STORED if name in values})
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -7,8 +7,12 @@ from typing import Any
 
 from peft import PeftConfig
 
+from hf_aegis.format_version import FORMAT_KEY, NEWEST_VERSIONS, check_format_version
 from hf_aegis.functional.spectral_experts import BACKBONE_ADJUSTMENTS
 from hf_aegis.functional.truncated_svd import SVD_METHODS
+
+
+_KIND = "GSE adapter"
 
 
 class GSEType(enum.StrEnum):
@@ -69,6 +73,8 @@ class GSEConfig(PeftConfig):
             Whether a saved adapter is refused on a base model whose targeted layers' weights are not those it was made
             for. It is asked when the adapter is put on the model, which hashes these weights; not when a file is
             loaded into an adapter that the model has already.
+        format_version (`int`, *optional*, defaults to `1`):
+            Of the adapter's files. Those of a newer version than this package reads are refused.
         base_weights_sha256 (`str`, *optional*):
             Their hash. It is filled in when the adapter is made. A configuration that is created with it, as a saved
             one is, waits for the adapter's saved weights and decomposes nothing.
@@ -102,6 +108,9 @@ class GSEConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train in full."})
     check_base_weights: bool = field(default=True, metadata={"help": "Refuse another base model on loading."})
+    format_version: int = field(
+        default=NEWEST_VERSIONS[_KIND], metadata={"help": "Of the adapter's files; not to be chosen."}
+    )
     base_weights_sha256: str | None = field(
         default=None, metadata={"help": "Hash of the targeted layers; filled in when the adapter is made."}
     )
@@ -109,6 +118,7 @@ class GSEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = GSEType.GSE
+        check_format_version({FORMAT_KEY: self.format_version}, _KIND, "adapter_config.json")
         # As in PEFT's own configurations: the order means nothing, and membership is asked often.
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
