@@ -3,8 +3,8 @@
 Under which licences the locked packages are, and which known vulnerabilities they have.
 
 Run by `make audit`, with the Python of `.venv`. Exit codes: 0, all is well; 1, a licence is not allowed, or a
-vulnerability is known; 3, the licences are well, and whether there are vulnerabilities is NOT known, since no database of
-them could be reached, or not for every package.
+vulnerability is known; 3, the licences are well, and whether there are vulnerabilities is NOT known, since no database
+of them could be reached, or not for every package.
 """
 
 import json

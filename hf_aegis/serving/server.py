@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import functools
 import http
-import ipaddress
 import itertools
 import logging
 import signal
@@ -26,6 +25,7 @@ import numpy as np
 
 from hf_aegis import __version__
 from hf_aegis.evaluation.rollouts.policy import BatchedPolicy, PolicyRequest
+from hf_aegis.functional.loopback import is_loopback
 from hf_aegis.serving.clients import ObservationReader
 from hf_aegis.serving.inference_queue import Answer, InferenceError, InferenceQueue
 from hf_aegis.serving.messages import INSTALL_HINT, MessageError, pack, unpack
@@ -137,11 +137,7 @@ class PolicyServer:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return False
+        return is_loopback(self.host)
 
     async def run(self, started: asyncio.Event | None = None, signals: bool = False) -> None:
         """

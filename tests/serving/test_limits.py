@@ -86,15 +86,38 @@ def test_who_comes_when_all_places_are_taken_is_turned_away(running, policy, lib
     assert "a client is turned away: there are 2, the most" in caplog.text
 
 
-def test_connections_that_say_nothing_are_few_and_short(running, policy, libero_openpi, monkeypatch):
+# A half of a request, nothing at all, another protocol.
+SILENT = (b"GET / HTTP/1.1\r\nHost:", b"", b"\x16\x03\x01")
+
+
+def test_connections_that_say_nothing_are_closed(running, policy, libero_openpi, monkeypatch):
     monkeypatch.setattr(server, "OPEN_TIMEOUT", 0.3)
-    monkeypatch.setattr(places, "MAX_OPENING", 3)
     with running(policy, max_clients=1) as served:
-        # A half of a request, nothing at all, and more of them than there is room for.
-        silent = [bare(served, said) for said in (b"GET / HTTP/1.1\r\nHost:", b"", b"\x16\x03\x01", b"G", b"", b"")]
+        silent = [bare(served, said) for said in SILENT]
+        with client_of(served) as client:
+            client.recv(timeout=10)
+            assert answered(client, libero_openpi)["actions"].shape == (2, 7)
         for connection in silent:
             assert is_closed(connection)
             connection.close()
+
+
+def test_connections_beyond_those_that_may_wait_are_closed_at_once(running, policy, libero_openpi, monkeypatch):
+    monkeypatch.setattr(places, "MAX_OPENING", 2)
+    with running(policy, max_clients=1) as served:
+        waiting = [bare(served, said) for said in SILENT]
+        beyond = bare(served)
+        assert is_closed(beyond)
+        waiting[0].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            waiting[0].recv(1)
+        for connection in (*waiting, beyond):
+            connection.close()
+        # As soon as the server has seen that they are gone.
+        deadline = time.monotonic() + 10
+        while len(served._places._connections) > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         with client_of(served) as client:
             client.recv(timeout=10)
             assert answered(client, libero_openpi)["actions"].shape == (2, 7)

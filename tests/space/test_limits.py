@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import threading
 import urllib.error
@@ -144,11 +145,17 @@ def test_traffic_is_not_shown_to_visitors(page):
     refused.value.close()
 
 
-def test_it_listens_on_this_machine_alone_unless_told_otherwise(monkeypatch):
-    import argparse
+@pytest.mark.parametrize(
+    ("options", "host", "warned"), [((), "127.0.0.1", False), (("--host", "0.0.0.0"), "0.0.0.0", True)]
+)
+def test_it_listens_on_this_machine_alone_unless_told_otherwise(monkeypatch, capsys, options, host, warned):
+    from hf_aegis.cli import main, space
 
-    from hf_aegis.cli import space
-
-    parser = argparse.ArgumentParser()
-    space.configure(parser)
-    assert parser.parse_args([]).host == "127.0.0.1"
+    started = []
+    monkeypatch.setattr(space.runpy, "run_path", lambda path, run_name: started.append(path))
+    monkeypatch.setattr(space.sys, "path", [*space.sys.path])
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        monkeypatch.setenv(name, "")
+    assert main(["space", *options]) == 0
+    assert len(started) == 1 and os.environ["GRADIO_SERVER_NAME"] == host
+    assert ("without authentication" in capsys.readouterr().err) == warned
