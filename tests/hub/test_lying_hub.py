@@ -79,7 +79,9 @@ def test_a_commit_that_is_a_path_leads_nowhere(pushed, tmp_path_factory, commit)
 
 
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
-@pytest.mark.parametrize("etag", ['"../../../../escaped"', '"{root}/escaped"', '"{root}/secret"', "..", "a\\b"])
+@pytest.mark.parametrize(
+    "etag", ['"../../../../escaped"', '"{root}/escaped"', '"{root}/secret"', "..", "a\\b", "W/", '""']
+)
 def test_an_etag_that_is_a_path_leads_nowhere(pushed, tmp_path_factory, header, etag):
     root = tmp_path_factory.getbasetemp()
     (root / "secret").write_bytes(b"of this machine")

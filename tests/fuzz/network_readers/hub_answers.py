@@ -85,17 +85,18 @@ def hub_answers(folder: Path, cache: Path) -> Case:
             escaped = {path for path in _tree(folder) - before if not {"out", cache.parent.name} & {path.parts[0]}}
             assert not escaped, f"written elsewhere: {escaped}"
 
-    return Case(read, [json.dumps(sound).encode()], (HubDownloadError,), (_mutate_answer, _mutate_answer, *JSON))
+    return Case(read, [json.dumps(sound).encode()], (HubDownloadError,), (mutate_answer, mutate_answer, *JSON))
 
 
 def _tree(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-_HEADERS = ("", "..", "../../x", "/tmp/x", "9" * 30, "-1", "http://127.0.0.1:1/", "W/", '"', "bytes */3", "\u00e9")
+SENDABLE = ("", "..", "../../x", "/tmp/x", "9" * 30, "-1", "http://127.0.0.1:1/", "W/", '"', "bytes */3", "\u00e9")
+"""Values of headers that a server can send, and should not."""
 
 
-def _mutate_answer(data: bytes, random: Random) -> bytes:
+def mutate_answer(data: bytes, random: Random) -> bytes:
     """An answer's body or header changed, or its status another."""
     try:
         answers = json.loads(data)
@@ -105,7 +106,7 @@ def _mutate_answer(data: bytes, random: Random) -> bytes:
             found["status"] = random.choice((200, 204, 206, 301, 302, 304, 400, 401, 403, 404, 416, 429, 500, 503))
         elif kind == 1:
             name = random.choice([*found["headers"], "Location", "Content-Length", "X-Repo-Commit", "ETag"])
-            found["headers"][name] = random.choice(_HEADERS)
+            found["headers"][name] = random.choice(SENDABLE)
         elif kind == 2 and found["body"].startswith("{"):
             found["body"] = json.dumps(mutate_value(json.loads(found["body"]), random))
         else:

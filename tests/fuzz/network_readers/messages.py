@@ -49,13 +49,13 @@ def messages() -> Case:
             "more": {"list": [1, [2.5, None], {"a": True}]},
         },
     ]
-    return Case(read, [pack(seed) for seed in seeds], (MessageError,), (_mutate_message,) * 2)
+    return Case(read, [pack(seed) for seed in seeds], (MessageError,), (mutate_message,) * 2)
 
 
-def _mutate_message(data: bytes, random: Random) -> bytes:
+def mutate_message(data: bytes, random: Random) -> bytes:
+    """A message with one place in it changed; or, where msgpack cannot hold that, with some of its bytes changed."""
     try:
         value = mutate_value(msgpack.unpackb(data, strict_map_key=False), random)
         return msgpack.packb(value, unicode_errors="surrogatepass")
-    # What mutations make of it, msgpack cannot always hold.
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
         return mutate_bytes(data, random)
