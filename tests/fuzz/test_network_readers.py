@@ -43,6 +43,7 @@ def test_ten_thousand_damaged_inputs_are_read_or_refused(name, request):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Not enough free disk space:UserWarning")
 def test_damaged_answers_over_http_are_read_or_refused(hub, tmp_path):
     """As `hub_answers`, with a server and sockets: any answer may be damaged, in its body or its headers."""
     files = {"last-checkpoint/trainer_state.json": b'{"global_step": 1}', "last-checkpoint/model.safetensors": b"abc"}

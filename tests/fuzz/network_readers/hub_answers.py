@@ -112,5 +112,5 @@ def mutate_answer(data: bytes, random: Random) -> bytes:
         else:
             found["body"] = mutate_bytes(found["body"].encode("latin-1"), random).decode("latin-1")
         return json.dumps(answers).encode()
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return mutate_bytes(data, random)
