@@ -163,7 +163,7 @@ class PolicyServer:
                 self.host,
                 self.port,
                 process_request=self._let_in,
-                create_connection=functools.partial(CountedConnection, self._places),
+                create_connection=functools.partial(CountedConnection, self._places),  # type: ignore[arg-type]
                 # Web pages cannot reach a policy through the browser of whoever runs it: what they send has an origin.
                 origins=[None],
                 # A small message cannot become a large one.
