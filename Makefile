@@ -14,7 +14,7 @@ export PYOPENGL_PLATFORM ?= osmesa
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system lock demo test test-slow test-browser browser space lint audit format bench pretrain demo-checkpoints record clean
+.PHONY: help setup system lock demo test test-slow fuzz test-browser browser space lint audit format bench pretrain demo-checkpoints record clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test: setup lint  ## lint, type-check and run the test suite
 
 test-slow: setup  ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow -q
+
+fuzz: setup  ## 10,000 damaged inputs for each reader, and what became of them (minutes)
+	$(BIN)/python -m pytest tests/fuzz -m slow -q -s
 
 test-browser: setup browser  ## the page in a browser; leaves screenshots in outputs/browser
 	BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser -q -s

@@ -26,7 +26,6 @@ NEWEST_VERSIONS = {
     "VQA predictions": 1,
     "rollout scores": 1,
     "episodes": 1,
-    "results": 1,
 }
 """
 By kind of file, the newest format version that this package reads, and, but for anchors, the one that it writes. A
@@ -58,12 +57,10 @@ def check_format_version(values: Mapping[str, Any], kind: str, where: object) ->
     """
     found, newest = values.get(FORMAT_KEY, 1), NEWEST_VERSIONS[kind]
     if type(found) is not int or found < 1:
-        raise ValueError(
-            f"{where}: key {FORMAT_KEY!r} of this {kind} is {found!r}, expected an integer from 1 to {newest}"
-        )
+        raise ValueError(f"{where}: key {FORMAT_KEY!r} is {found!r} ({kind}), expected an integer from 1 to {newest}")
     if found > newest:
         raise ValueError(
-            f"{where}: key {FORMAT_KEY!r} of this {kind} is {found}, this version of hf-aegis reads 1 to {newest}; "
+            f"{where}: key {FORMAT_KEY!r} is {found} ({kind}), this version of hf-aegis reads 1 to {newest}; "
             "a newer file needs a newer hf-aegis"
         )
     return found

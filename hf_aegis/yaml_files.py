@@ -48,13 +48,13 @@ class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader without tags, doubled keys, and values that hold themselves or are repeated without end."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(None, None, f"the tag {event.tag!r} is refused", event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def get_single_node(self) -> Any:
-        node = super().get_single_node()  # type: ignore[no-untyped-call]
+        node = super().get_single_node()
         if node is not None:
             _check(node, {}, set())
         return node

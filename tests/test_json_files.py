@@ -21,8 +21,7 @@ from hf_aegis.json_files import parse_json, parse_json_object, read_json_object,
         ("[NaN]", "NaN is no JSON number"),
         ("[-Infinity]", "-Infinity is no JSON number"),
         ("[1e999]", "beyond float64"),
-        ("9" * 5000, "beyond 64 bits"),
-        ("[-99999999999999999999]", "-99999999999999999999 is beyond 64 bits"),
+        ("9" * 5000, r"999\.\.\. is beyond float64"),
         (r'["\ud800"]', "surrogates not allowed"),
     ],
 )
@@ -34,7 +33,7 @@ def test_what_is_no_json_is_refused_by_name(text: str | bytes, reason: str) -> N
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
-    values = {"a": [1.5, -(2**63), None, "é", "\U0001f916"], "b": json.loads("[" * 99 + "]" * 99)}
+    values = {"a": [1.5, 10**30, None, "é", "\U0001f916"], "b": json.loads("[" * 99 + "]" * 99)}
     (tmp_path / "a.json").write_text(json.dumps(values))
     assert read_json_object(tmp_path / "a.json") == values
     with pytest.raises(ValueError, match=r"^there: expected a JSON object, found list of 3"):
@@ -58,7 +57,7 @@ def test_missing_and_mistyped_keys_are_named() -> None:
 def test_a_format_version_of_the_future_is_refused_with_both_versions(kind: str, newest: int) -> None:
     assert check_format_version({}, kind, "file") == check_format_version({"format_version": 1}, kind, "file") == 1
     assert check_format_version(written_version(kind), kind, "file") == newest
-    future = rf"^file: key 'format_version' of this {kind} is {newest + 1}, .* reads 1 to {newest}; a newer file needs"
+    future = rf"^file: key 'format_version' is {newest + 1} \({kind}\), .* reads 1 to {newest}; a newer file needs"
     with pytest.raises(ValueError, match=future):
         check_format_version({"format_version": newest + 1}, kind, "file")
     for wrong in (0, -1, True, 1.0, "1", None, []):

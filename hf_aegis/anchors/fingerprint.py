@@ -14,7 +14,7 @@ from hf_aegis.anchors.decoder_layers import unwrap_model
 from hf_aegis.anchors.linear_layers.subspaces import SubspaceOptions
 from hf_aegis.anchors.token_kinds import MASK_POLICIES
 from hf_aegis.anchors.weight_hash import hash_layer_weights
-from hf_aegis.format_version import NEWEST_VERSIONS
+from hf_aegis.format_version import FORMAT_KEY, NEWEST_VERSIONS
 from hf_aegis.machine_paths import portable_name, snapshot_commit
 
 
@@ -154,7 +154,7 @@ class AnchorFingerprint:
             ValueError: if fields are missing, unknown or out of range; they are named.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(known - set(values) - {"subspace_options"}), sorted(set(values) - known)
+        missing, unknown = sorted(known - set(values) - {"subspace_options", FORMAT_KEY}), sorted(set(values) - known)
         if missing or unknown:
             raise ValueError(f"anchor fingerprint: missing keys {missing}, unknown keys {unknown}")
         if (options := values.get("subspace_options")) is not None:

@@ -272,13 +272,21 @@ class FASTTokenizer(ProcessorMixin):
         """The contents of `processor_config.json`; a `ValueError` where it does not describe a FAST tokenizer."""
         place = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", PROCESSOR_NAME)
         if os.path.isfile(place):
-            read_json_object(place)  # transformers' own errors of what is no JSON are many
+            read_json_object(place, finite=False)  # transformers' own errors of what is no JSON are many
         values, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if missing := [key for key in ("scale", "vocab_size", "min_token") if key not in values]:
             raise ValueError(f"{place}: not a FAST tokenizer: no {', '.join(missing)}")
         check_format_version(values, _KIND, place)
         values.pop(FORMAT_KEY, None)
         return values, kwargs
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of what files hold, the last part of loading; a `ValueError` names the file that has a wrong value."""
+        try:
+            return super().from_args_and_dict(args, processor_dict, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{PROCESSOR_NAME}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The processor's configuration as JSON-ready values."""

@@ -105,10 +105,10 @@ class LiberoConvention:
         Inverse of `to_json`.
 
         Raises:
-            ValueError: not JSON, a missing key, a value that is not allowed, or a newer format version.
+            ValueError: not JSON, a missing key, a value that is not allowed, or a newer format.
         """
-        values = parse_json_object(text, CONVENTION_ATTRIBUTE)
-        check_format_version(values, _KIND, CONVENTION_ATTRIBUTE)
+        values = parse_json_object(text, "its text")
+        check_format_version(values, _KIND, "its text")
         keys = ("observation", "image_origin", "frames", "image_size")
         if missing := [key for key in keys if key not in values]:
             raise ValueError(f"missing keys {missing}, found {sorted(values)}")
@@ -155,8 +155,8 @@ def read_recording(attributes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the attribute is missing or no JSON object, or has a newer format.
     """
-    values = parse_json_object(text_attribute(attributes, RECORDING_ATTRIBUTE), RECORDING_ATTRIBUTE)
-    check_format_version(values, "recording", RECORDING_ATTRIBUTE)
+    values = parse_json_object(text_attribute(attributes, RECORDING_ATTRIBUTE), "its text")
+    check_format_version(values, "recording", "its text")
     return values
 
 

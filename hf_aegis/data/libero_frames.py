@@ -25,7 +25,8 @@ def frames_key(camera: str, convention: LiberoConvention) -> str:
 
 def check_frames(frames: h5py.Dataset, convention: LiberoConvention) -> str | None:
     """What is wrong with a frames dataset's shape or dtype, as far as can be told without reading it."""
-    shape, size = frames.shape or (), convention.image_size
+    size = convention.image_size
+    shape: tuple[int, ...] = frames.shape or ()
     if convention.frames == "jpeg":
         if h5py.check_vlen_dtype(frames.dtype) != np.uint8 or len(shape) != 1:
             return f"expected variable-length uint8 of shape (T,), found {frames.dtype} of shape {shape}"
@@ -77,8 +78,10 @@ def read_rows(dataset: h5py.Dataset, rows: int | slice) -> np.ndarray:
     Rows of a dataset, and nothing else of it.
 
     Raises:
-        LiberoFormatError: HDF5 cannot read them (a damaged chunk, a missing compression filter).
+        LiberoFormatError: there are none, or HDF5 cannot read them (a damaged chunk, a missing compression filter).
     """
+    if dataset.shape is None:
+        raise LiberoFormatError.at(os.fspath(dataset.file.filename), dataset.name, "holds nothing, expected rows")
     try:
         return dataset[rows]
     except OSError as error:

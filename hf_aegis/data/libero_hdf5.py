@@ -254,7 +254,7 @@ def _total_samples(group: h5py.Group, names: Sequence[str]) -> int | None:
 
 
 def _instruction(group: h5py.Group) -> str:
-    information = parse_json_object(text_attribute(group.attrs, "problem_info"), "problem_info")
+    information = parse_json_object(text_attribute(group.attrs, "problem_info"), "its text")
     value = information.get("language_instruction")
     # Released files hold a string, some of them within quotation marks; LIBERO itself joins and strips them too.
     if isinstance(value, list) and all(isinstance(part, str) for part in value):

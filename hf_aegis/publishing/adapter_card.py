@@ -1,6 +1,5 @@
 """The card of an adapter (LoRA, or routed experts), from its configuration and the run that it is of."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from hf_aegis.assets import EMBEDDED_VLM
 from hf_aegis.hub import is_repo_id, render_card
+from hf_aegis.json_files import read_json_object
 from hf_aegis.machine_paths import portable_name
 from hf_aegis.publishing.papers import arxiv_link, bibliography
 from hf_aegis.publishing.policy_card import (
@@ -57,7 +57,7 @@ def adapter_card(
     """
     options = options or CardOptions()
     folder = folder.resolve()
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json_object(folder / ADAPTER_CONFIG)
     record = record or RunRecord.read(folder if (folder / "recipe.yaml").exists() else folder.parent)
     noted = config.get("base_model_name_or_path")
     base = options.base_model or (portable_name(noted) if noted else record.base_model)

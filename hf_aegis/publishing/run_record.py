@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from hf_aegis.json_files import read_json_object
+from hf_aegis.format_version import check_format_version
+from hf_aegis.json_files import read_json_object, require_keys
 from hf_aegis.machine_paths import without_machine_paths
 from hf_aegis.publishing.methods import Method, describe_method
 from hf_aegis.yaml_files import read_yaml
@@ -48,10 +49,13 @@ class RunRecord:
             known: Fields that are known already, and not read.
 
         Raises:
-            ValueError: If a file is not JSON or YAML; it is named.
+            ValueError: If a file is not JSON or YAML, or has a newer format; it is named.
         """
         result = known.get("result", _read(folder / "result.json"))
-        fingerprints = result.get("fingerprints", {})
+        place, mappings = folder / "result.json", (dict, type(None))
+        check_format_version(result, "training result", place)
+        require_keys(dict(result), {"fingerprints": mappings, "versions": mappings}, place)
+        fingerprints = result.get("fingerprints") or {}
         found = {
             "arguments": _read(folder / "recipe.yaml"),
             "config": _read(folder / "config.json"),

@@ -22,7 +22,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     settings = read_json_object(path)
     check_format_version(settings, "comparison", path)
     texts, mappings = (str, type(None)), (dict, type(None))
-    kinds = {"conditions": dict, "seeds": list, "command": texts, "gap": (list, type(None))}
+    kinds: dict[str, Any] = {"conditions": dict, "seeds": list, "command": texts, "gap": (list, type(None))}
     require_keys(settings, {**kinds, **dict.fromkeys(("machine", "libero", "questions", "anchors"), mappings)}, path)
     require_keys(settings["conditions"], dict.fromkeys(settings["conditions"], dict), f"{path}, conditions")
     # They are names of folders.
@@ -93,7 +93,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     """
     scores = read_json_object(path)
     check_format_version(scores, "VQA scores", path)
-    kinds = {"cross_entropy": float, "accuracy": float, "any_match": _NUMBER_OR_NONE, "by_type": dict}
+    kinds: dict[str, Any] = {"cross_entropy": float, "accuracy": float, "any_match": _NUMBER_OR_NONE, "by_type": dict}
     require_keys(scores, {**kinds, "by_answer_type": (dict, type(None)), "fingerprint": (str, type(None))}, path)
     for key in ("by_type", "by_answer_type"):
         for name, score in (scores.get(key) or {}).items():

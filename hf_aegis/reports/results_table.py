@@ -150,7 +150,7 @@ def collect_results(folder: Path) -> dict[str, Any]:
             measures["libero_success"]["interval"] = _pooled_interval(own)
         conditions[condition] = {"runs": len(own), "measures": measures}
     return {
-        **written_version("results"),
+        **written_version("comparison"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_machine_paths(settings.get("command")),
         "machine": settings.get("machine"),

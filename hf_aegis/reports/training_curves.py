@@ -54,7 +54,7 @@ _PROJECTION = (
 )
 # Of cells of the map without a finite cosine; not among the colours of cosines.
 _MISSING_COLOR = "0.7"
-_MOST_CELLS = 25_000_000
+_MOST_CELLS = 5_000_000
 # About as wide is the map.
 _MAP_PIXELS = 1000
 

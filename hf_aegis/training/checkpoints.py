@@ -1,7 +1,6 @@
 """Which checkpoint of an interrupted run can be resumed, and its weights."""
 
 import functools
-import json
 import logging
 import os
 import re
@@ -14,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
+
+from hf_aegis.json_files import read_json_object
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     for folder in sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, json.JSONDecodeError):
+            # A loss that was not finite is written as it is.
+            read_json_object(folder / TRAINER_STATE_NAME, finite=False)
+        except (OSError, ValueError):
             logger.warning("%s was not written to its end and is passed over", folder)
             continue
         return folder

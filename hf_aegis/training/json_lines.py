@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.atomic_files import write_text
-from hf_aegis.json_files import is_kind, parse_json_object
+from hf_aegis.json_files import parse_json_object
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,7 +83,7 @@ class JSONLines:
 
     def _record(self, line: bytes, number: int) -> dict[str, Any]:
         record = parse_json_object(line, f"{self.path}, line {number}")
-        if not is_kind(step := record.get("step"), (int,)) or not 0 <= step <= _LAST_STEP:
+        if type(step := record.get("step")) is not int or not 0 <= step <= _LAST_STEP:
             raise ValueError(
                 f"{self.path}, line {number}: key 'step' is {step!r}, expected an integer from 0 to {_LAST_STEP:,}"
             )

@@ -97,9 +97,9 @@ def test_a_name_that_is_neither_folder_nor_repository_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"anchor_type": "subspace"}, r"anchor_config\.json: key 'anchor_type' is 'subspace', expected 'activation'"),
-        ({"format_version": 4}, r"anchor_config\.json: key 'format_version' of .* is 4, .* reads 1 to 3"),
+        ({"format_version": 4}, r"anchor_config\.json: key 'format_version' is 4 .* reads 1 to 3"),
         ({"format_version": 2}, r"anchor_config\.json: an anchor without subspaces has format_version 1, found 2"),
-        ({"format_version": None}, r"key 'format_version' of this activation anchor is None"),
+        ({"format_version": None}, r"key 'format_version' is None"),
         ({"surprise": 1}, r"anchor_config\.json: .*unknown keys \['surprise'\]"),
         ({"moments": "exact"}, r"anchor_config\.json: moments must be one of"),
         ({"num_tokens": 0}, r"anchor_config\.json: num_tokens must be a positive integer, found 0"),

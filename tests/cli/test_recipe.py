@@ -281,10 +281,15 @@ def test_a_recipe_extends_another(tmp_path):
     middle.write_text("extends: ../base.yaml\nsizes: {heads: 8}\n")
     top.write_text("extends: sub/middle.yaml\nsteps: 9\n")
     assert parse_recipe([Extended], ["--config", str(top)]) == (Extended(0.5, 9, {"layers": 2, "heads": 8}),)
+    (middle.parent / "ring.yaml").symlink_to("ring.yaml")
     for text, error, message in (
         ("extends: ../top.yaml", ValueError, "middle.yaml: key 'extends' is '../top.yaml', which extends this recipe"),
         ("extends: [a]", ValueError, r"middle.yaml: key 'extends' is \['a'\], expected the path of a recipe"),
-        ("extends: ../nowhere.yaml", FileNotFoundError, "nowhere.yaml"),
+        ("extends: ../nowhere.yaml", FileNotFoundError, "middle.yaml: key 'extends' .* no recipe .*nowhere"),
+        ("extends: /dev/zero", FileNotFoundError, "middle.yaml: key 'extends' is '/dev/zero': there is no recipe"),
+        ('extends: "a\\0b"', ValueError, "middle.yaml: key 'extends' is .*, which is no path"),
+        ("extends: ring.yaml", ValueError, "middle.yaml: key 'extends' is 'ring.yaml', which is no path"),
+        ("steps: 1\nsteps: 2", ValueError, "middle.yaml: not valid YAML: the key 'steps' stands there twice"),
         ("extends: ../base.yaml\nraet: 1", ValueError, r"middle.yaml: unknown keys \['raet'\]"),
     ):
         middle.write_text(text)

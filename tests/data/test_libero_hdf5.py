@@ -42,6 +42,16 @@ def remove(path):
     return lambda data: data.__delitem__(path)
 
 
+def declare(path, shape, dtype="f8", **options):
+    """A dataset of which nothing is written."""
+
+    def change(data):
+        del data[path]
+        data.create_dataset(path, shape, dtype, **{"chunks": tuple(min(side, 64) for side in shape), **options})
+
+    return change
+
+
 def convention(**changes):
     values = {"format_version": 1, "observation": "before_action", "image_origin": "top_left", "frames": "raw"}
     return json.dumps({**values, "image_size": 8, **changes})
@@ -106,11 +116,11 @@ CHANGES = {
     "instruction missing": (set_attribute(".@problem_info", None), "/data@problem_info: missing attribute"),
     "instruction not JSON": (
         set_attribute(".@problem_info", "{'language': 1}"),
-        "/data@problem_info: unreadable JSON: .* found \"{'language': 1}\"",
+        "/data@problem_info: its text: not JSON: .* found \"{'language': 1}\"",
     ),
     "instruction a list": (
         set_attribute(".@problem_info", "[1]"),
-        r"/data@problem_info: expected a JSON object, found '\[1\]'",
+        r"/data@problem_info: its text: expected a JSON object, found list of 1",
     ),
     "instruction empty": (
         set_attribute(".@problem_info", '{"language_instruction": " "}'),
@@ -130,15 +140,15 @@ CHANGES = {
     ),
     "convention newer": (
         set_attribute(".@hf_aegis_convention", convention(format_version=2)),
-        "/data: @hf_aegis_convention: format_version 2 is newer than this hf-aegis reads .*: upgrade hf-aegis",
+        "/data: @hf_aegis_convention: its text: key 'format_version' is 2 .* reads 1 to 1; a newer file needs",
     ),
     "convention unversioned": (
         set_attribute(".@hf_aegis_convention", "{}"),
-        "/data: @hf_aegis_convention: 'format_version' must be a positive integer, found None",
+        r"/data: @hf_aegis_convention: missing keys \['observation', 'image_origin', 'frames', 'image_size'\]",
     ),
     "convention not JSON": (
         set_attribute(".@hf_aegis_convention", "before"),
-        "/data: @hf_aegis_convention: unreadable JSON",
+        "/data: @hf_aegis_convention: its text: not JSON",
     ),
     "convention incomplete": (
         set_attribute(".@hf_aegis_convention", '{"format_version": 1, "frames": "raw"}'),
@@ -168,6 +178,34 @@ CHANGES = {
     "external link": (
         lambda data: data["demo_0/obs"].__setitem__("secret", h5py.ExternalLink("other.hdf5", "/x")),
         r"/data/demo_0/obs/secret: an external link \(to other.hdf5:/x\), links are refused",
+    ),
+    "group within itself": (
+        lambda data: data["demo_0/obs"].__setitem__("again", data["demo_0/obs"]),
+        "/data/demo_0/obs: a group with 2 names, of which one may lead into another, which is refused",
+    ),
+    "actions of a size that is not there": (
+        declare("demo_1/actions", (2**40, 7)),
+        rf"/data/demo_1/actions: says it has {2**40 * 7 * 8} bytes, of which the file holds 0",
+    ),
+    "frames of a size that is not there": (
+        declare("demo_1/obs/agentview_rgb", (7, 2**13, 2**13, 3), "u1"),
+        "/data/demo_1/obs/agentview_rgb: frames of 8192 pixels, expected at most 4096",
+    ),
+    "frames in one huge chunk": (
+        declare("demo_1/obs/agentview_rgb", (7, 8, 8, 3), "u1", chunks=(2**22, 8, 8, 3), maxshape=(None, 8, 8, 3)),
+        f"/data/demo_1/obs/agentview_rgb: is stored in chunks of {2**22 * 8 * 8 * 3} bytes, expected at most",
+    ),
+    "states of nothing": (
+        lambda data: (data.__delitem__("demo_1/states"), data.create_dataset("demo_1/states", data=h5py.Empty("f8"))),
+        "/data/demo_1/states: shape None, expected 7 rows",
+    ),
+    "num_demos an array": (
+        set_attribute(".@num_demos", np.zeros(3, int)),
+        r"/data@num_demos: expected a single value, found shape \(3,\)",
+    ),
+    "instruction no UTF-8": (
+        set_attribute(".@problem_info", np.bytes_(b"\xff\xfe")),
+        "/data@problem_info: expected a string in UTF-8",
     ),
     "linked demonstration": (
         lambda data: data.__setitem__("demo_3", h5py.ExternalLink("other.hdf5", "/data/demo_0")),
@@ -212,6 +250,29 @@ def test_datasets_whose_data_lies_elsewhere_are_refused(libero_files, tmp_path, 
             file.create_virtual_dataset("data/demo_0/actions", layout)
     with pytest.raises(LiberoFormatError, match="/data/demo_0/actions: its data lies in other files"):
         LiberoDataset(path, chunk_size=3)
+
+
+def test_many_names_of_one_group_are_not_followed(libero_files):
+    path = libero_files.write()
+    with h5py.File(path, "a") as file:
+        for name in range(300):
+            file[f"again_{name}"] = file["/"]
+    # Followed three levels deep, they are 27 million groups.
+    report = inspect_file(path)
+    assert len(report.problems) == 300
+    assert report.problems[0].startswith("/again_0: a group with 301 names")
+    assert [summary.task.instruction for summary in report.tasks] == ["pick up the milk"]
+
+
+def test_pictures_are_not_looked_for_behind_links(libero_files):
+    from hf_aegis.data.libero_pictures import pictures_of
+
+    path = libero_files.write()
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/obs/agentview_rgb"]
+        file["data/demo_0/obs/agentview_rgb"] = h5py.ExternalLink("other.hdf5", "/x")
+    with pytest.raises(LiberoFormatError, match=r"/data/demo_0/obs/agentview_rgb: an external link"):
+        pictures_of(path)
 
 
 def test_links_at_the_root_are_refused(libero_files):
@@ -351,7 +412,7 @@ def test_the_convention_attribute_round_trips():
         assert LiberoConvention.from_json(stated.to_json()) == stated
     with pytest.raises(ValueError, match="'image_size' is required where frames are stored as JPEG"):
         LiberoConvention("before_action", "top_left", "jpeg")
-    with pytest.raises(ValueError, match="'image_size' must be a positive integer, found 0"):
+    with pytest.raises(ValueError, match="'image_size' must be an integer from 1 to 4096, found 0"):
         LiberoConvention("before_action", "top_left", "raw", 0)
 
 

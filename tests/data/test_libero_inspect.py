@@ -185,4 +185,4 @@ def test_problem_info_with_unreadable_json_leaves_other_tasks_described(libero_f
         file["libero_object/a/data"].attrs["problem_info"] = json.dumps("text")
     report = inspect_file(combined)
     assert [summary.task.name for summary in report.tasks] == ["b"]
-    assert report.problems == ["/libero_object/a/data@problem_info: expected a JSON object, found '\"text\"'"]
+    assert report.problems == ["/libero_object/a/data@problem_info: its text: expected a JSON object, found 'text'"]

@@ -1,6 +1,5 @@
 """A trained model as a policy: observations in, actions in the simulator's units out."""
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hf_aegis.data.libero_format import CAMERAS, STATE_FEATURES
 from hf_aegis.data.libero_pictures import PictureSettings
 from hf_aegis.evaluation.evaluating import evaluating
 from hf_aegis.evaluation.rollouts.policy import FEATURE_WIDTHS, Observation, PolicyError, PolicyRequest, checked_chunk
+from hf_aegis.json_files import read_json_object
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 
 
@@ -234,4 +234,4 @@ def _state_features(model: Any, processor: PaliGemmaFlowProcessor, asked: Sequen
 
 def _has_unmerged_adapter(folder: Path) -> bool:
     config = folder / _ADAPTER_FOLDER / "adapter_config.json"
-    return config.is_file() and json.loads(config.read_text()).get("peft_type") not in _MERGED_ADAPTERS
+    return config.is_file() and read_json_object(config).get("peft_type") not in _MERGED_ADAPTERS

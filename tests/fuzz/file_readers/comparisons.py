@@ -104,7 +104,7 @@ def _mutate_file(data: bytes, random: Random) -> bytes:
     elif random.randrange(4) == 0:
         files[name] = mutate_bytes(files[name], random)
     else:
-        files[name] = random.choice(kinds[Path(name).suffix])(files[name], random)
+        files[name] = random.choice(kinds.get(Path(name).suffix, JSON))(files[name], random)
     return _pack(files)
 
 

@@ -56,14 +56,13 @@ def _file(jpeg: bool, libver: str | tuple[str, str]) -> bytes:
         data = file.create_group("data" if not jpeg else "libero_object/pick_up/data")
         data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the milk"})
         data.attrs["macros_image_convention"] = "opengl"
-        data.attrs["num_demos"], data.attrs["total"] = 2, 5
+        data.attrs["num_demos"], data.attrs["total"] = 1, 2
         if jpeg:
             convention = {"observation": "before_action", "image_origin": "top_left", "image_size": _SIDE}
             data.attrs["hf_aegis_convention"] = json.dumps({"format_version": 1, "frames": "jpeg", **convention})
             settings = {"image_size": _SIDE, "supersampling": 1, "rendering": "fast"}
             data.attrs["hf_aegis_recording"] = json.dumps({"settings": settings, "attempts": 3})
-        for index, length in enumerate((3, 2)):
-            _demonstration(data.create_group(f"demo_{index}"), length, jpeg)
+        _demonstration(data.create_group("demo_0"), 2, jpeg)
     return memory.getvalue()
 
 

@@ -97,10 +97,14 @@ def comparison_recipe(folder: Path) -> FileReader:
 
 
 def recording_recipe(folder: Path) -> FileReader:
-    """Through the parser of TRL, which builds the dataclass."""
+    """Through the parser of TRL, which builds the dataclass, where the recipe's own checks let it."""
     seed = (RECIPES / "libero_demo_record.yaml").read_bytes()
 
+    hints = option_types([RecordingConfig])
+
     def read(path: Path) -> Any:
+        # Making the parser takes longer than all the rest.
+        read_recipe(path, hints)
         return parse_recipe([RecordingConfig], ["--config", str(path)])
 
     return FileReader([seed], reading(folder / "recipe.yaml", read), "", YAML)

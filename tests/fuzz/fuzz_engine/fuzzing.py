@@ -60,7 +60,7 @@ def fuzz(
     *,
     structured: Sequence[Mutation] = (),
     naming: str | None = None,
-    seconds: float = 10.0,
+    seconds: float = 30.0,
     memory: int = 1 << 30,
     coverage: bool = True,
 ) -> Report:
@@ -79,7 +79,7 @@ def fuzz(
         seed (`int`, *optional*, defaults to 0): Of the mutations.
         structured (`Sequence[Mutation]`, *optional*): Mutations of the parsed form, for two inputs out of three.
         naming (`str`, *optional*): A text that the message of each exception has to hold, such as the file's name.
-        seconds (`float`, *optional*, defaults to 10): Most time for an input.
+        seconds (`float`, *optional*, defaults to 30): Most time for an input.
         memory (`int`, *optional*, defaults to 2³⁰): Most bytes that reading may take, of address space.
         coverage (`bool`, *optional*, defaults to `True`): Whether lines are counted, which costs time.
 
@@ -124,7 +124,7 @@ def replay(
     allowed: tuple[type[BaseException], ...],
     *,
     naming: str | None = None,
-    seconds: float = 10.0,
+    seconds: float = 30.0,
     memory: int = 1 << 30,
 ) -> Report:
     """Reads every input that a folder of former findings holds; the arguments are those of [`fuzz`]."""
