@@ -19,7 +19,7 @@ export PYOPENGL_PLATFORM ?= osmesa
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system lock demo test test-slow fuzz test-lowest test-newest-python test-browser browser space lint format bench precision pretrain demo-checkpoints record clean
+.PHONY: help setup system lock demo test test-slow fuzz test-lowest test-newest-python test-browser browser space lint audit format bench precision pretrain demo-checkpoints record clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: setup  ## licences and known vulnerabilities of what is locked; exit code 3 of .ci/audit.py: not known
+	$(BIN)/python .ci/audit.py
 
 format: setup  ## rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

@@ -284,6 +284,8 @@ LAUNCH = {
     "css_paths": FOLDER / "style.css",
     "theme": THEME,
     "max_file_size": MAX_IMAGE_BYTES,
+    # Of what others do here.
+    "enable_monitoring": False,
     "allowed_paths": [str(FOLDER / "examples")],
     "ssr_mode": False,
     "share": False,

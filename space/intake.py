@@ -1,17 +1,16 @@
 """What visitors send, checked before a model sees it. Refusals are texts for visitors."""
 
 import os
-import warnings
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from settings import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_TEXT_LENGTH
 
-
-# A picture's width and height stand in its header; its pixels are decoded only after they were found small enough.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+from hf_aegis.data import pictures
+from hf_aegis.functional.prompt_text import find_control_token, prompt_fault
 
 
 def picture_input(**options: Any) -> gr.Image:
@@ -46,41 +45,37 @@ def read_picture(file: str | os.PathLike[str] | None) -> Image.Image:
     if size > MAX_IMAGE_BYTES:
         raise refusal(f"The image is too large: {size / 2**20:.1f} MB; {MAX_IMAGE_BYTES / 2**20:.0f} MB are the most.")
     try:
-        return _decode(file)
-    except (_TooManyPixelsError, Image.DecompressionBombError) as error:
+        return pictures.read_picture(file, MAX_IMAGE_PIXELS)
+    except pictures.TooManyPixelsError as error:
         raise refusal(
             f"The image has more than {MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. Please scale it down.",
         ) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except pictures.PictureError as error:
         raise refusal("The file cannot be read as an image. PNG, JPEG, WebP, GIF and BMP are understood.") from error
 
 
-class _TooManyPixelsError(Exception):
-    pass
-
-
-def _decode(file: str | os.PathLike[str]) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns of what is refused here.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise _TooManyPixelsError
-            return ImageOps.exif_transpose(image).convert("RGB")
+# Beside letters they join, they are part of a script, or of an emoji.
+_JOINERS = "\u200c\u200d"
 
 
 def read_text(text: str | None, name: str) -> str:
     """
-    A question or an instruction, in one line.
+    A question or an instruction, in one line, without what nobody sees: control characters, and those that turn the
+    direction of writing.
 
     Raises:
-        gr.Error: it is empty, too long, or holds a token of the model's own.
+        gr.Error: it is empty, too long, no text, or holds a token of the model's own.
     """
-    line = " ".join((text or "").split())
-    if not line:
-        raise refusal(f"Please write {name} first.")
+    shown = "".join(each for each in text or "" if each.isspace() or each in _JOINERS or not _is_control(each))
+    line = " ".join(shown.split())
     if len(line) > MAX_TEXT_LENGTH:
         raise refusal(f"This is too long for {name}: it has {len(line)} characters; {MAX_TEXT_LENGTH} are the most.")
-    if "<image>" in line:
-        raise refusal("“<image>” stands for the picture and cannot be part of the text.")
+    if prompt_fault(line) is not None:
+        raise refusal(f"Please write {name} first.")
+    if token := find_control_token(line):
+        raise refusal(f"“{token}” is a word of the model’s own and cannot be part of the text.")
     return line
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs")

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from hf_aegis.data.libero_files import find_data_groups, naming_damage, open_libero_file
-from hf_aegis.data.libero_format import CAMERAS, LiberoConvention, parse_json_object, text_attribute
+from hf_aegis.data.libero_format import CAMERAS, LiberoConvention, text_attribute
 from hf_aegis.data.libero_frames import frames_key, read_frame
 from hf_aegis.data.libero_hdf5 import read_demonstration, read_task
+from hf_aegis.json_files import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def held_out_episodes(file: Path) -> list[Episode]:
         for group in find_data_groups(opened):
             task = read_task(group)
             path = task.demonstrations[-1]
+            about = parse_json_object(
+                text_attribute(group.attrs, "problem_info"), f"{file}: {group.name}: problem_info"
+            )
             episodes.append(
                 Episode(
                     file=file,
                     path=path,
                     suite=task.suite or "",
                     instruction=task.instruction,
-                    scene=parse_json_object(text_attribute(group.attrs, "problem_info")).get("problem_name", ""),
+                    scene=about.get("problem_name", ""),
                     convention=task.convention,
                     length=len(opened[path]["actions"]) - task.convention.action_offset,
                 )

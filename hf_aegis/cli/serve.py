@@ -48,6 +48,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max_message_mb", type=int, default=16, help="longest message from a client, in MiB (default: 16)"
     )
     parser.add_argument(
+        "--max_clients", type=int, default=64, help="connections at a time; more are turned away (default: 64)"
+    )
+    parser.add_argument(
+        "--idle_seconds",
+        type=float,
+        default=3600.0,
+        help="a client that asks nothing for so long is disconnected (default: 3600)",
+    )
+    parser.add_argument(
         "--attn_implementation", default="eager", help="attention implementation of the model (default: eager)"
     )
     parser.add_argument(
@@ -97,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
             max_batch_size=arguments.max_batch_size,
             max_seconds=arguments.max_seconds,
             max_message_bytes=arguments.max_message_mb * MIB,
+            max_clients=arguments.max_clients,
+            idle_seconds=arguments.idle_seconds,
             metadata=metadata,
         )
         await server.run(signals=True)

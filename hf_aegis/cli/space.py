@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCard
 
 from hf_aegis.atomic_files import write_text
+from hf_aegis.functional.loopback import is_loopback
 from hf_aegis.hub import push_folder
 
 
@@ -28,7 +29,9 @@ _NOT_DEPLOYED = shutil.ignore_patterns("__pycache__", ".*")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the page here and of its deployment."""
-    parser.add_argument("--host", default="127.0.0.1", help="where the page listens (default: 127.0.0.1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where the page listens; there is no authentication (default: 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     parser.add_argument(
         "--push_to_hub", metavar="REPO_ID", help="deploy the page as a Space, in the place of starting it"
@@ -79,6 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the page needs gradio: pip install "hf-aegis[space]"')
+    if not is_loopback(arguments.host):
+        print(
+            f"warning: listening on {arguments.host} without authentication: whoever can reach this machine can use "
+            "the page",
+            file=sys.stderr,
+        )
     os.environ |= {"GRADIO_SERVER_NAME": arguments.host, "GRADIO_SERVER_PORT": str(arguments.port)}
     # As `python app.py` has it.
     sys.path.insert(0, str(folder))

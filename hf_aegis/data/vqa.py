@@ -6,7 +6,9 @@ from typing import Any
 from PIL import Image
 from transformers import BatchFeature
 
+from hf_aegis.data.pictures import read_picture
 from hf_aegis.data.vqa_samples import VQAAnnotation, VQASample, VQASamples, choose
+from hf_aegis.functional.prompt_text import find_control_token, prompt_fault
 
 
 __all__ = ["VQA_PROMPT", "VQAAnnotation", "VQACollator", "VQASample", "VQASamples", "load_easy_vqa"]
@@ -52,8 +54,7 @@ def load_easy_vqa(split: str, max_samples: int | None = None, seed: int | None =
     for index in order:
         image_id = image_ids[index]
         if image_id not in images:
-            with Image.open(paths[image_id]) as image:
-                images[image_id] = image.copy()
+            images[image_id] = read_picture(paths[image_id])
         samples.append(
             VQASample(
                 image=images[image_id],
@@ -105,7 +106,8 @@ class VQACollator:
             `(B, 3, h, w)`; `labels` is -100 outside the answer and its end-of-sequence token.
 
         Raises:
-            ValueError: if there are no samples, or an image is not RGB or is empty; the sample is named.
+            ValueError: if there are no samples, an image is not RGB or is empty, or a question or answer is empty, no
+                text, longer than 1000 characters or holds one of the tokenizer's special tokens; the sample is named.
         """
         samples = list(samples)
         return self._process(samples, padding_side="right", suffix=[sample.answer for sample in samples])
@@ -125,6 +127,9 @@ class VQACollator:
         samples = list(samples)
         for index, sample in enumerate(samples):
             _check_image(sample, index)
+            self._check_text(sample, index, "question", sample.question)
+            if "suffix" in kwargs:
+                self._check_text(sample, index, "answer", sample.answer)
         # NumPy first: the processor builds its labels with NumPy, which warns about tensors.
         inputs = self.processor(
             images=[sample.image for sample in samples],
@@ -135,10 +140,22 @@ class VQACollator:
         )
         return BatchFeature(dict(inputs), tensor_type="pt")
 
+    def _check_text(self, sample: VQASample, index: int, name: str, text: str) -> None:
+        special = (self.processor.image_token, *self.processor.tokenizer.all_special_tokens)
+        fault = prompt_fault(text)
+        if fault is None and (token := find_control_token(text, special, places=False)):
+            fault = f"holds {token!r}, which the tokenizer takes for a token of the model's own: {text[:60]!r}"
+        if fault is not None:
+            raise ValueError(f"The {name} of VQA sample {_name(sample, index)} {fault}.")
+
+
+def _name(sample: VQASample, index: int) -> str:
+    return sample.name or f"{index} of the batch ({sample.question[:60]!r})"
+
 
 def _check_image(sample: VQASample, index: int) -> None:
     # A silent conversion would hide a wrong file: alpha dropped over black, grey turned to colour, a mask read as RGB.
-    name = sample.name or f"{index} of the batch ({sample.question!r})"
+    name = _name(sample, index)
     if not isinstance(sample.image, Image.Image):
         raise ValueError(
             f"The image of VQA sample {name} must be a PIL image; found {type(sample.image).__name__}. "

@@ -94,8 +94,8 @@ class VQASamples(Sequence[VQASample]):
         annotation = self._annotate(row)
         try:
             image = self._open_image(row)
-        # Pillow has its own error for what is no image, and others for broken ones; none of them says which file.
-        except (OSError, ValueError, SyntaxError) as error:
+        # None of these errors says which row it is.
+        except (OSError, ValueError) as error:
             raise ValueError(f"{annotation.name}: the image cannot be read: {error}") from error
         return VQASample(image, **{field.name: getattr(annotation, field.name) for field in fields(annotation)})
 

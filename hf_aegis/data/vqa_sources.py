@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
+from hf_aegis.data.dataset_pictures import DatasetPictures
+from hf_aegis.data.pictures import read_picture
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.data.vqa_columns import VQAColumns
 from hf_aegis.data.vqa_samples import VQASample, VQASamples, choose
@@ -27,7 +27,8 @@ def load_vqa(
     streaming: bool | None = None,
 ) -> Sequence[VQASample]:
     """
-    Questions about images from a named source. Images are converted to RGB, and decoded when a sample is accessed.
+    Questions about images from a named source. Images are decoded when a sample is accessed, put upright and converted
+    to RGB: PNG, JPEG, WebP, GIF and BMP of at most 64 million pixels.
 
     Args:
         source (`str`):
@@ -93,7 +94,7 @@ def _from_folder(
     annotations = [found.annotation(row, f"{file}, line {number}") for number, row in rows]
     paths = [_inside(folder, row.get(str(found.image)), f"{file}, line {number}", found) for number, row in rows]
     chosen = choose(len(rows), max_samples, seed, str(file))
-    return VQASamples(chosen, annotations.__getitem__, lambda row: _open(paths[row]))
+    return VQASamples(chosen, annotations.__getitem__, lambda row: read_picture(paths[row]))
 
 
 def _inside(folder: Path, value: Any, name: str, columns: VQAColumns) -> Path:
@@ -110,12 +111,6 @@ def _inside(folder: Path, value: Any, name: str, columns: VQAColumns) -> Path:
     if not found:
         raise FileNotFoundError(f"{name}: key {columns.image!r}: there is no image {path}.")
     return path
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        # Sets of photographs such as COCO contain a few greyscale ones; cameras may lay an image on its side.
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _from_dataset(
@@ -142,12 +137,13 @@ def _from_dataset(
         raise ValueError(f"{source}: found the split {str(loaded.split)!r} alone, not {split!r}.")
     found = VQAColumns.find(loaded.column_names, columns, source)
     _check_images(loaded.features, found, source)
-    images = loaded.select_columns([found.image]).cast_column(found.image, datasets.Image(mode="RGB"))
+    images = loaded.select_columns([found.image]).cast_column(found.image, datasets.Image(decode=False))
+    pictures = DatasetPictures(source)
     texts = loaded.select_columns(found.texts)
     return VQASamples(
         choose(len(loaded), max_samples, seed, f"{source}, split {split!r}"),
         lambda row: found.annotation(texts[row], f"{source}/{split}/{row}"),
-        lambda row: images[row][found.image],
+        lambda row: pictures.open(images[row][found.image]),
     )
 
 
@@ -177,11 +173,11 @@ def _from_stream(
     rows = list(stream.take(max_samples))
     if len(rows) < max_samples:
         raise ValueError(f"{source}, split {split!r}: max_samples is {max_samples}; found {len(rows)} questions.")
-    decode = datasets.Image(mode="RGB").decode_example
+    pictures = DatasetPictures(source)
     return VQASamples(
         range(len(rows)),
         lambda row: found.annotation(rows[row], f"{source}/{split}/{row} (streamed)"),
-        lambda row: decode(rows[row][found.image]),
+        lambda row: pictures.open(rows[row][found.image]),
     )
 
 

@@ -1,11 +1,11 @@
 """Which commit of a repository on the Hub is meant: a branch may hold something else tomorrow."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Literal
 
-from hf_aegis.hub.redaction import redacted
+from hf_aegis.hub.names import is_commit
+from hf_aegis.hub.reasons import FAILURES, reason
 
 
 logger = logging.getLogger(__name__)
@@ -26,21 +26,23 @@ def hub_commit(kind: Literal["model", "dataset"], source: str, revision: str | N
     Returns:
         `str`: the commit's hash; `revision` as it is of a path, and, with a warning, where the Hub does not say.
     """
-    if Path(source).exists() or (revision is not None and re.fullmatch("[0-9a-f]{40}", revision)):
+    if Path(source).exists() or is_commit(revision):
         return revision
-    from huggingface_hub import dataset_info, errors, model_info
+    from huggingface_hub import dataset_info, model_info
 
     try:
         if kind == "model":
             commit = model_info(source, revision=revision, timeout=_TIMEOUT).sha
         else:
             commit = dataset_info(source, revision=revision, timeout=_TIMEOUT).sha
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        if not is_commit(commit):
+            raise ValueError(f"the Hub says that it is {commit!r}, which is no commit")
+    except FAILURES as error:
         logger.warning(
             "the commit of the %s %s is not known, so that a change of its branch would go unnoticed: %s",
             kind,
             source,
-            redacted(" ".join(str(error).split())),
+            reason(error),
         )
         return revision
-    return commit or revision
+    return commit

@@ -1,5 +1,7 @@
 """Why the Hub did not do what was asked, in one line, and what to do about it."""
 
+from json import JSONDecodeError
+
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -16,7 +18,10 @@ from huggingface_hub.errors import (
 from hf_aegis.hub.redaction import redacted
 
 
-FAILURES = (OSError, HTTPError, EntryNotFoundError, HFValidationError, ValueError, RuntimeError)
+MALFORMED = (TypeError, AttributeError, LookupError)
+"""What huggingface_hub raises of an answer that is JSON, but not what it expects: it looks into it unchecked."""
+
+FAILURES = (OSError, HTTPError, EntryNotFoundError, HFValidationError, ValueError, RuntimeError, *MALFORMED)
 """What huggingface_hub raises where a request or a transfer fails; it has no class that covers them."""
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -57,6 +62,8 @@ def _reason(error: BaseException) -> str:
         return "it has no such file"
     if isinstance(error, HfHubHTTPError):
         return _refused(error)
+    if isinstance(error, (*MALFORMED, JSONDecodeError)):
+        return f"the Hub at {constants.ENDPOINT} gave an answer that cannot be understood ({type(error).__name__})"
     text = _one_line(str(error)) or type(error).__name__
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
         # The transfer of a large file: "Error while uploading ...".

@@ -1,7 +1,6 @@
 """A local folder pushed to a repository on the Hub, in one commit."""
 
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from hf_aegis.hub.names import is_commit
 from hf_aegis.hub.reasons import FAILURES, describe_repo, reason
 from hf_aegis.hub.redaction import redacted, redacted_cause
 
@@ -154,7 +154,7 @@ def ensure_repo(
 
 
 def _check_branch(revision: str | None, create_pr: bool) -> None:
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+    if is_commit(revision):
         raise ValueError(f"revision must be a branch to push to, found the commit {revision}")
     if create_pr and revision not in (None, "main"):
         raise ValueError(

@@ -19,6 +19,7 @@ from hf_aegis.functional.normalization import (
     normalize,
     unnormalize,
 )
+from hf_aegis.functional.prompt_text import find_control_token, prompt_fault
 from hf_aegis.models.action_tokens import append_suffix, bind_to_vlm, refuse_action_words
 
 
@@ -221,7 +222,8 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
 
         Raises:
             ValueError: numbers of samples, cameras or dimensions do not fit, an image is empty or not RGB
-                uint8, or an instruction is empty or holds an image token or an action token; with `action_tokens`,
+                uint8, or an instruction is empty, no text, longer than 1000 characters, or holds a token of the
+                model's own (`<image>`, `<eos>`, `<loc0000>`, an action token); with `action_tokens`,
                 there is no FAST tokenizer, there are no actions, or a `suffix` or padding is asked for as well.
         """
         if action_tokens:
@@ -319,13 +321,11 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
     def _clean(self, instruction: Any) -> str:
         if not isinstance(instruction, str):
             raise ValueError(f"an instruction must be a str, found {type(instruction).__name__}")
-        if self.image_token in instruction:
-            raise ValueError(
-                f"the instruction {instruction!r} holds {self.image_token!r}: image tokens are added here"
-            )
-        cleaned = " ".join(instruction.replace("_", " ").split())
-        if not cleaned:
-            raise ValueError(f"the instruction is empty: {instruction!r}")
+        if fault := prompt_fault(cleaned := " ".join(instruction.replace("_", " ").split())):
+            raise ValueError(f"the instruction {fault}")
+        # Before the underscores went, which a token's name may have.
+        if token := find_control_token(instruction, (self.image_token, *self.tokenizer.all_special_tokens)):
+            raise ValueError(f"the instruction {instruction!r} holds {token!r}, which is a token of the model's own")
         return cleaned
 
     def _check_images(self, images: Any, batch_size: int) -> list[list[Image.Image]]:

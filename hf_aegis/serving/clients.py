@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from hf_aegis.evaluation.rollouts.policy import FEATURE_WIDTHS, Observation
+from hf_aegis.functional.prompt_text import prompt_fault
 from hf_aegis.serving.messages import MessageError
 
 
 PROMPT_KEY = "prompt"
-MAX_PROMPT_LENGTH = 1000
-"""Characters of an instruction; the longest of LIBERO's has about a hundred."""
+MAX_IMAGE_SIDE = 4096
+"""Pixels. A picture that is resized to the model's few hundred needs no more."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,10 @@ def _described(vector: _Vector) -> str:
 
 
 def _prompt(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        found = "an empty one" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise MessageError(f"{PROMPT_KEY!r} must be a string, the instruction; found {found}")
-    if len(value) > MAX_PROMPT_LENGTH:
-        raise MessageError(f"{PROMPT_KEY!r} has {len(value)} characters, expected at most {MAX_PROMPT_LENGTH}")
+    if not isinstance(value, str):
+        raise MessageError(f"{PROMPT_KEY!r} must be a string, the instruction; found a {type(value).__name__}")
+    if fault := prompt_fault(value):
+        raise MessageError(f"{PROMPT_KEY!r}, the instruction, {fault}")
     return value
 
 
@@ -165,6 +165,8 @@ def _image(value: Any, key: str) -> np.ndarray:
         raise MessageError(f"{key!r} is a {type(value).__name__}: {expected}")
     if value.dtype != np.uint8 or value.ndim != 3 or value.shape[-1] != 3 or 0 in value.shape:
         raise MessageError(f"{key!r} is {value.dtype} of shape {value.shape}: {expected}")
+    if max(value.shape) > MAX_IMAGE_SIDE:
+        raise MessageError(f"{key!r} has shape {value.shape}: expected at most {MAX_IMAGE_SIDE} pixels a side")
     return value
 
 
@@ -177,7 +179,9 @@ def _vector(value: Any, key: str, width: int) -> np.ndarray:
     if value.dtype.kind not in "fiu" or value.shape != (width,):
         raise MessageError(f"{key!r} is {value.dtype} of shape {value.shape}: {expected}")
     value = value.astype(np.float64)
-    if not np.isfinite(value).all():
-        column = int(np.argmin(np.isfinite(value)))
+    # Policies compute in 32 bits or fewer, where a larger number would be infinite.
+    finite = np.abs(value) <= np.finfo(np.float32).max
+    if not finite.all():
+        column = int(np.argmin(finite))
         raise MessageError(f"{key!r} is {value[column]} in column {column}: expected finite numbers")
     return value

@@ -2,11 +2,13 @@
 Messages of openpi's policy protocol: msgpack, in which an array is a map of its bytes, dtype and shape.
 
 The format is that of `openpi_client.msgpack_numpy`. What comes from the network is read with suspicion: plain numbers
-only, no pickles, and an array's bytes have to fit its shape.
+only, no pickles, an array's bytes have to fit its shape, and besides arrays there are no more values than an
+observation needs: a byte of msgpack can be an object of Python that takes a hundred.
 """
 
 import math
 import re
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,12 @@ _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _TEXT = re.compile(r"[<>|=]?U[0-9]{1,7}")
 _MAX_DIMENSIONS = 8
+_MAX_SIDE = 2**24
+
+MAX_LENGTH = 1024
+"""Entries of a list, or of a map."""
+MAX_VALUES = 10_000
+"""Entries of all lists and maps of a message together; those of arrays do not count."""
 
 INSTALL_HINT = 'the policy server needs optional dependencies: pip install "hf-aegis[serve]"'
 
@@ -48,17 +56,28 @@ def unpack(data: bytes) -> Any:
         data (`bytes`): What [`pack`] or an openpi client wrote.
 
     Raises:
-        MessageError: The bytes are no msgpack, or an array in them is of objects or does not fit its shape.
+        MessageError: The bytes are no msgpack, hold more values than [`MAX_LENGTH`] and [`MAX_VALUES`] allow, or an
+            array in them is of objects or does not fit its shape.
     """
     import msgpack
 
+    reader = _Reader()
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
+        return msgpack.unpackb(
+            data,
+            object_hook=reader.read_map,
+            list_hook=reader.read_list,
+            max_array_len=MAX_LENGTH,
+            max_map_len=MAX_LENGTH,
+            max_ext_len=0,
+        )
     except MessageError:
         raise
     # Besides its own exceptions, msgpack raises these of truncated, superfluous and too deeply nested data, of text
     # that is not UTF-8 and of keys that are neither text nor bytes.
     except (msgpack.UnpackException, ValueError, TypeError) as error:
+        if re.search("max_(array|map)_len", str(error)):
+            raise MessageError(f"the message holds a list or a map of more than {MAX_LENGTH} entries") from error
         raise MessageError(
             f"expected a msgpack message; these {len(data)} bytes are none ({type(error).__name__})"
         ) from error
@@ -74,12 +93,29 @@ def _encode(value: Any) -> dict[bytes, Any]:
     return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
-def _decode(value: dict[Any, Any]) -> Any:
-    if _ARRAY in value:
-        return _decode_array(value)
-    if _SCALAR in value:
-        return _decode_scalar(value)
-    return value
+class _Reader:
+    """Counts the values of one message while msgpack builds them, innermost first."""
+
+    def __init__(self) -> None:
+        self.values = 0
+
+    def read_list(self, value: list[Any]) -> list[Any]:
+        self._count(value)
+        return value
+
+    def read_map(self, value: dict[Any, Any]) -> Any:
+        self._count(value)
+        if _ARRAY in value:
+            return _decode_array(value)
+        if _SCALAR in value:
+            return _decode_scalar(value)
+        return value
+
+    def _count(self, value: list[Any] | dict[Any, Any]) -> None:
+        # An empty one is a value, too.
+        self.values += len(value) + 1
+        if self.values > MAX_VALUES:
+            raise MessageError(f"the message holds more than {MAX_VALUES} values besides those of arrays")
 
 
 def _decode_array(value: dict[Any, Any]) -> np.ndarray:
@@ -89,7 +125,7 @@ def _decode_array(value: dict[Any, Any]) -> np.ndarray:
     if (
         not isinstance(shape, list)
         or len(shape) > _MAX_DIMENSIONS
-        or not all(type(size) is int and size >= 0 for size in shape)
+        or not all(type(size) is int and 0 <= size <= _MAX_SIDE for size in shape)
     ):
         raise MessageError(f"the shape of an array is {_shown(shape)}; expected a list of sizes")
     dtype = np.dtype(code)
@@ -107,13 +143,14 @@ def _decode_scalar(value: dict[Any, Any]) -> Any:
         return data
     if isinstance(code, str) and _NUMBERS.fullmatch(code) and isinstance(data, bool | int | float):
         try:
-            return np.dtype(code).newbyteorder("=").type(data)
-        except (OverflowError, ValueError) as error:
+            with np.errstate(over="raise"):
+                return np.dtype(code).newbyteorder("=").type(data)
+        except (ArithmeticError, ValueError) as error:
             raise MessageError(f"a number does not fit its dtype {code}") from error
     raise MessageError(f"expected a number of a plain dtype; found a {type(data).__name__} of {_shown(code)}")
 
 
 def _shown(value: Any) -> str:
-    """A short form of what a client sent, for the message back to it."""
-    text = repr(value)
+    """A short form of what a client sent, for the message back to it: a nest of a thousand lists is not followed."""
+    text = reprlib.repr(value[:60] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."

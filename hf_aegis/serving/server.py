@@ -4,12 +4,16 @@ A policy behind a websocket, for the clients of openpi's policy servers.
 On connection the server sends a message about itself. Then each binary message is an observation, and its answer holds
 `actions` and `server_timing`. An answer in text is an error, which openpi's client raises; the connection stays open.
 `GET /healthz` answers 200 as soon as the policy can be asked, and 503 while it is stuck in a call.
+
+What one client can take from the others is bounded. A client has one question in line at a time: what it sends before
+it is answered stays in its own connection. It has a place until it is gone, silent for too long or does not answer
+pings, and there are so many places; its messages have a largest size.
 """
 
 import asyncio
 import contextlib
+import functools
 import http
-import ipaddress
 import itertools
 import logging
 import signal
@@ -21,6 +25,7 @@ import numpy as np
 
 from hf_aegis import __version__
 from hf_aegis.evaluation.rollouts.policy import BatchedPolicy, PolicyRequest
+from hf_aegis.functional.loopback import is_loopback
 from hf_aegis.serving.clients import ObservationReader
 from hf_aegis.serving.inference_queue import Answer, InferenceError, InferenceQueue
 from hf_aegis.serving.messages import INSTALL_HINT, MessageError, pack, unpack
@@ -29,7 +34,10 @@ from hf_aegis.serving.messages import INSTALL_HINT, MessageError, pack, unpack
 try:
     import msgpack  # noqa: F401 (the messages need it; better told before a client comes)
     from websockets.asyncio.server import Request, Response, ServerConnection, serve
-    from websockets.exceptions import ConnectionClosed
+    from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
+    from websockets.frames import CloseCode
+
+    from hf_aegis.serving.places import CountedConnection, Places
 except ModuleNotFoundError as error:
     raise ImportError(f"{INSTALL_HINT} (missing module: {error.name})") from error
 
@@ -37,8 +45,14 @@ except ModuleNotFoundError as error:
 HEALTH_PATH = "/healthz"
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Two pictures of 1024 x 1024 pixels take 6 MiB."""
+OPEN_TIMEOUT = 10.0
+"""Seconds that a client has to say what it wants."""
+PING_INTERVAL = PING_TIMEOUT = 20.0
+"""Seconds between pings, and until one has to be answered."""
 CLOSE_TIMEOUT = 3.0
 """Seconds that a client has to take leave when the server stops."""
+MAX_UNREAD = 1
+"""Frames that are read ahead of a client's turn; the rest waits on its side."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +76,11 @@ class PolicyServer:
         max_seconds (`float`, *optional*, defaults to `300`): After so long a call of the policy is taken for stuck,
             and clients are told.
         max_message_bytes (`int`, *optional*, defaults to 16 MiB): A longer message closes its connection.
+        max_clients (`int`, *optional*, defaults to `64`): Who comes then is turned away with status 503.
+        idle_seconds (`float`, *optional*, defaults to `3600`): A client that has asked nothing for so long, or does
+            not finish a message, gives its place to others.
+        ping_interval, ping_timeout (`float`, *optional*, defaults to `20`): Seconds between pings, and until one has
+            to be answered; a client that does not is gone.
         metadata (`dict`, *optional*): More for the first message.
 
     Raises:
@@ -79,17 +98,30 @@ class PolicyServer:
         max_batch_size: int = 8,
         max_seconds: float = 300.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_clients: int = 64,
+        idle_seconds: float = 3600.0,
+        ping_interval: float = PING_INTERVAL,
+        ping_timeout: float = PING_TIMEOUT,
         metadata: dict[str, Any] | None = None,
     ):
         for name, value, lowest in (("port", port, 0), ("seed", seed, 0), ("max_message_bytes", max_message_bytes, 1)):
             if value < lowest:
                 raise ValueError(f"{name} must be at least {lowest}; found {value}")
+        for name, seconds in (
+            ("idle_seconds", idle_seconds),
+            ("ping_interval", ping_interval),
+            ("ping_timeout", ping_timeout),
+        ):
+            if not seconds > 0:
+                raise ValueError(f"{name} must be positive; found {seconds}")
         if port > 65535:
             raise ValueError(f"port must be at most 65535; found {port}")
         self.reader = reader
         self.host, self.port = host, port
         self.seed = seed
         self.max_message_bytes = max_message_bytes
+        self.idle_seconds = idle_seconds
+        self.ping_interval, self.ping_timeout = ping_interval, ping_timeout
         self.metadata = {
             "server": f"hf-aegis {__version__}",
             "client": reader.client,
@@ -99,16 +131,13 @@ class PolicyServer:
         }
         self._queue = InferenceQueue(policy, max_batch_size, max_seconds)
         self._client_numbers = itertools.count()
+        self._places = Places(max_clients)
         self._stopping = asyncio.Event()
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return False
+        return is_loopback(self.host)
 
     async def run(self, started: asyncio.Event | None = None, signals: bool = False) -> None:
         """
@@ -133,12 +162,18 @@ class PolicyServer:
                 self._serve_client,
                 self.host,
                 self.port,
-                process_request=self._answer_health,
+                process_request=self._let_in,
+                create_connection=functools.partial(CountedConnection, self._places),  # type: ignore[arg-type]
                 # Web pages cannot reach a policy through the browser of whoever runs it: what they send has an origin.
                 origins=[None],
+                # A small message cannot become a large one.
                 compression=None,
+                open_timeout=OPEN_TIMEOUT,
+                ping_interval=self.ping_interval,
+                ping_timeout=self.ping_timeout,
                 close_timeout=CLOSE_TIMEOUT,
                 max_size=self.max_message_bytes,
+                max_queue=MAX_UNREAD,
                 logger=logging.getLogger(f"{__name__}.websockets"),
             ) as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
@@ -168,12 +203,17 @@ class PolicyServer:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
 
-    def _answer_health(self, connection: ServerConnection, request: Request) -> Response | None:
-        if request.path != HEALTH_PATH:
-            return None
-        if self._queue.stuck:
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the policy does not come back\n")
-        return connection.respond(http.HTTPStatus.OK, "OK\n")
+    def _let_in(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path == HEALTH_PATH:
+            if self._queue.stuck:
+                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the policy does not come back\n")
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if not self._places.take(connection):
+            logger.warning("a client is turned away: there are %d, the most", self._places.max_clients)
+            return connection.respond(
+                http.HTTPStatus.SERVICE_UNAVAILABLE, f"{self._places.max_clients} clients are connected, the most\n"
+            )
+        return None
 
     async def _serve_client(self, connection: ServerConnection) -> None:
         client = next(self._client_numbers)
@@ -183,7 +223,7 @@ class PolicyServer:
             await connection.send(pack(self.metadata))
             seed = int(np.random.SeedSequence([self.seed, client]).generate_state(1)[0])
             total: float | None = None
-            async for data in connection:
+            while (data := await self._receive(connection, client)) is not None:
                 began = time.perf_counter()
                 try:
                     answer = await self._answer(connection, data, answered + failed, seed)
@@ -205,6 +245,18 @@ class PolicyServer:
             raise
         finally:
             logger.info("client %d: %d answers, %d errors", client, answered, failed)
+
+    async def _receive(self, connection: ServerConnection, client: int) -> str | bytes | None:
+        """The next message; `None` if the client has taken its leave, or is asked to."""
+        try:
+            async with asyncio.timeout(self.idle_seconds):
+                return await connection.recv()
+        except ConnectionClosedOK:
+            return None
+        except TimeoutError:
+            logger.info("client %d has asked nothing for %g s", client, self.idle_seconds)
+            await connection.close(CloseCode.GOING_AWAY, f"nothing was asked for {self.idle_seconds:g} s")
+            return None
 
     async def _answer(self, connection: ServerConnection, data: str | bytes, step: int, seed: int) -> Answer | None:
         """The answer to one message; `None` if the client is gone before."""

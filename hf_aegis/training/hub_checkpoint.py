@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from hf_aegis.hub import HubDownloadError, download_files
+from hf_aegis.hub.names import is_commit, is_file_name
 from hf_aegis.hub.reasons import FAILURES, describe_repo, reason
 from hf_aegis.training.certificate_callback import CERTIFICATE_FILE
 from hf_aegis.training.json_lines import EXPERTS_FILE, METRICS_FILE, PROJECTION_FILE
@@ -19,6 +20,8 @@ from hf_aegis.training.run_upload import LAST_CHECKPOINT
 # "org/name", or "org/name@revision".
 _ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?")
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
+# A checkpoint has a dozen, sharded weights of the largest models a few hundred.
+_MAX_FILES = 2000
 _LOGS = (METRICS_FILE, PROJECTION_FILE, EXPERTS_FILE, CERTIFICATE_FILE, NEURON_COSINES_FILE)
 
 
@@ -57,6 +60,11 @@ def download_checkpoint(source: str, output_dir: Path, token: str | bool | None 
         )
     # A pickle that older trainings left there is not needed.
     wanted = [f for f in files if f.startswith(f"{folder}/") and not f.endswith(TRAINING_ARGS_NAME)]
+    if len(wanted) > _MAX_FILES:
+        raise HubDownloadError(
+            f"{folder} in {describe_repo(repo_id, 'model', revision or 'main')} on the Hub has {len(wanted)} files, "
+            f"expected at most {_MAX_FILES}: it is no checkpoint of a training"
+        )
     logs = [name for name in _LOGS if name in files]
     paths = download_files(repo_id, [*wanted, *logs], revision=commit, token=token)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +79,10 @@ def _files(repo_id: str, revision: str | None, token: str | bool | None) -> tupl
     try:
         if not constants.is_offline_mode():
             info = HfApi(token=token).model_info(repo_id, revision=revision)
-            return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+            files = [sibling.rfilename for sibling in info.siblings or []]
+            if not is_commit(info.sha) or not all(map(is_file_name, files)):
+                raise ValueError("the Hub's list of its files cannot be understood")
+            return str(info.sha), files
         snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except FAILURES as error:
         raise HubDownloadError(
@@ -82,7 +93,8 @@ def _files(repo_id: str, revision: str | None, token: str | bool | None) -> tupl
 
 
 def _newest(files: Iterable[str]) -> str | None:
-    whole = [Path(f).parts[0] for f in files if len(Path(f).parts) == 2 and Path(f).name == TRAINER_STATE_NAME]
+    parts = (f.partition("/") for f in files)
+    whole = [folder for folder, _, name in parts if name == TRAINER_STATE_NAME]
     if LAST_CHECKPOINT in whole:
         return LAST_CHECKPOINT
     numbered = [(int(match[1]), name) for name in whole if (match := _NUMBERED.fullmatch(name))]

@@ -116,6 +116,34 @@ def test_an_array_instead_of_an_image_is_refused(processor):
         VQACollator(processor)([VQASample(np.zeros((16, 16, 3)), "is it red", "no", name="a")])
 
 
+@pytest.mark.parametrize(
+    ("question", "fault"),
+    [
+        ("", "is empty, or all of it is invisible: ''"),
+        ("\u200b\u202e\0", "is empty, or all of it is invisible"),
+        ("is it \ud800", "is no valid Unicode"),
+        ("is it red " * 101, "has 1010 characters, expected at most 1000"),
+        ("is it<image>", "holds '<image>', which the tokenizer takes for a token of the model's own: 'is it<image>'"),
+        ("is it <eos>", "holds '<eos>'"),
+        ("<pad><bos>", "holds '<"),
+    ],
+)
+def test_a_text_that_cannot_be_asked_is_refused_by_name(processor, pair, question, fault):
+    wrong = VQASample(Image.new("RGB", (16, 16)), question, "no", name="scans/7")
+    for call in (VQACollator(processor), VQACollator(processor).prompts):
+        with pytest.raises(ValueError, match=rf"The question of VQA sample scans/7 {fault}"):
+            call([pair[0], wrong])
+    taught = VQASample(Image.new("RGB", (16, 16)), "is it red", question, name="scans/7")
+    with pytest.raises(ValueError, match=rf"The answer of VQA sample scans/7 {fault}"):
+        VQACollator(processor)([taught])
+    # What is only asked needs no answer.
+    assert "labels" not in VQACollator(processor).prompts([taught])
+
+
+def test_places_in_the_picture_can_be_asked_for(processor):
+    VQACollator(processor).prompts([VQASample(Image.new("RGB", (16, 16)), "is it red <loc0001>", "")])
+
+
 def test_an_empty_batch_is_refused(processor):
     with pytest.raises(ValueError, match="at least one sample"):
         VQACollator(processor)([])

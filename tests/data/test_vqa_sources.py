@@ -280,7 +280,7 @@ def test_images_are_not_kept(folder, monkeypatch):
     lines = [{"image": f"images/{index}.png", "question": "?", "answer": "a"} for index in range(4)]
     samples = load_vqa(write(folder, *lines))
     opened = []
-    monkeypatch.setattr(Image, "open", lambda path, *args, original=Image.open: opened.append(path) or original(path))
+    monkeypatch.setattr(Image, "open", lambda path, original=Image.open, **_: opened.append(path) or original(path))
     assert len(list(annotations(samples))) == 4
     assert not opened
     assert samples[0] is not samples[0]

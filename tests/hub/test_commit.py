@@ -1,3 +1,4 @@
+import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,11 @@ from hf_aegis.hub import hub_commit
 @pytest.mark.parametrize("revision", [None, "v2"])
 def test_a_branch_or_tag_has_the_commit_that_the_hub_says(monkeypatch, kind, revision):
     def info(repository, *, revision, timeout):
-        return SimpleNamespace(sha=f"{kind} {repository} {revision}")
+        return SimpleNamespace(sha=hashlib.sha1(f"{kind} {repository} {revision}".encode()).hexdigest())
 
     monkeypatch.setattr(f"huggingface_hub.{kind}_info", info)
-    assert hub_commit(kind, "org/name", revision) == f"{kind} org/name {revision}"
+    expected = hashlib.sha1(f"{kind} org/name {revision}".encode()).hexdigest()
+    assert hub_commit(kind, "org/name", revision) == expected
 
 
 def test_a_commit_and_a_path_need_no_hub(monkeypatch, tmp_path, caplog):

@@ -53,6 +53,13 @@ def array_map(**changes):
     return msgpack.packb({key.encode(): value for key, value in entries.items()})
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def scalar_map(**changes):
     entries = {"__npgeneric__": True, "data": 1.0, "dtype": "<f4"} | changes
     return msgpack.packb({key.encode(): value for key, value in entries.items()})
@@ -67,7 +74,22 @@ def scalar_map(**changes):
         (pack({"a": 1})[:-1], "expected a msgpack message"),
         (pack({"a": 1}) + b"\0", "expected a msgpack message"),
         # An array that announces four thousand million elements, and has none.
-        (b"\xdd\xff\xff\xff\xff", "expected a msgpack message"),
+        (b"\xdd\xff\xff\xff\xff", "a list or a map of more than 1024 entries"),
+        (b"\xdf\xff\xff\xff\xff", "a list or a map of more than 1024 entries"),
+        # Text, bytes and an extension that announce as much.
+        (b"\xdb\xff\xff\xff\xff", "expected a msgpack message"),
+        (b"\xc6\xff\xff\xff\xff", "expected a msgpack message"),
+        (b"\xc9\xff\xff\xff\xff\x01", "expected a msgpack message"),
+        # A million empty lists in lists take a megabyte here, and eighty as Python's.
+        ((b"\xdc\x04\x00" + b"\x90" * 1024) * 1000, "expected a msgpack message"),
+        (
+            b"\xdc\x03\xe8" + (b"\xdc\x04\x00" + b"\x90" * 1024) * 1000,
+            "more than 10000 values besides those of arrays",
+        ),
+        (
+            b"\xdc\x03\xe8" + (b"\xdc\x04\x00" + b"\x00" * 1024) * 1000,
+            "more than 10000 values besides those of arrays",
+        ),
         (b"\x91" * 100_000 + b"\xc0", "expected a msgpack message"),
         (b"\xa2\xff\xfe", "expected a msgpack message"),
         (msgpack.packb({1: 2}), "expected a msgpack message"),
@@ -85,12 +107,15 @@ def scalar_map(**changes):
         (array_map(shape=[True, 2]), "expected a list of sizes"),
         (array_map(shape=2), "expected a list of sizes"),
         (array_map(shape=[1] * 40), "expected a list of sizes"),
-        (array_map(shape=[2**40, 2**40]), "takes .* bytes; found 8 bytes"),
+        (array_map(shape=[2**24, 2**24]), "takes .* bytes; found 8 bytes"),
+        (array_map(data=b"", shape=[0, 2**64 - 1]), "expected a list of sizes"),
+        (array_map(dtype=nested(500)), r"found one of dtype \[\[\["),
         (array_map(data="text"), "found str"),
         (msgpack.packb({b"__ndarray__": True}), "expected an array of numbers; found one of dtype None"),
         (scalar_map(dtype="|O"), "expected a number of a plain dtype"),
         (scalar_map(data="one"), "expected a number of a plain dtype; found a str"),
         (scalar_map(data=300, dtype="|u1"), "does not fit its dtype"),
+        (scalar_map(data=1e300, dtype="<f2"), "does not fit its dtype"),
         (scalar_map(data="x", dtype="<U99999999999"), "expected a number of a plain dtype"),
     ],
 )

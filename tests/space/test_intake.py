@@ -62,6 +62,8 @@ def test_no_picture_is_asked_for(intake):
 
 def test_a_text_becomes_one_line(intake):
     assert intake.read_text("  what\n color \t is it? ", "a question") == "what color is it?"
+    assert intake.read_text("what\u202e is\0 \ufeffit\u200b?\ud800", "a question") == "what is it?"
+    assert intake.read_text("नमस्\u200dते 👩\u200d🔬?", "a question") == "नमस्\u200dते 👩\u200d🔬?"
     assert len(intake.read_text("x" * MAX_TEXT_LENGTH, "a question")) == MAX_TEXT_LENGTH
 
 
@@ -71,7 +73,13 @@ def test_a_text_becomes_one_line(intake):
         (None, "write a question"),
         (" \n", "write a question"),
         ("x" * (MAX_TEXT_LENGTH + 1), f"{MAX_TEXT_LENGTH} are the most"),
-        ("a <image> b", "stands for the picture"),
+        ("\0\x1b\u200b\u202e\ufeff", "write a question"),
+        ("\ud800", "write a question"),
+        ("\u200d", "write a question"),
+        ("a <image> b", "“<image>” is a word of the model’s own"),
+        ("a<eos>b", "“<eos>” is a word"),
+        ("a <loc0001>", "“<loc0001>” is a word"),
+        ("<seg0\u200b12>", "“<seg012>” is a word"),
     ],
 )
 def test_texts_that_cannot_be_asked_are_explained(intake, text, message):

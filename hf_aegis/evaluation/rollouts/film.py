@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hf_aegis.atomic_files import replacing
+from hf_aegis.data.pictures import MAX_PIXELS, opened_picture
 
 
 FILM_FORMATS = ("webp", "gif")
@@ -17,6 +18,9 @@ SIZE = 256
 """Side of the pictures, in pixels."""
 STEPS_PER_FRAME = 4
 STEPS_PER_SECOND = 20
+
+MAX_FILM_PIXELS = 100_000_000
+"""Of all pictures of a film that is read: four minutes of one that is written here."""
 
 _LINE_HEIGHT = 15
 OUTCOME_COLOURS = {"success": (0, 114, 78), "failure": (176, 42, 48)}
@@ -91,14 +95,24 @@ def read_film(path: Path) -> list[Image.Image]:
     The pictures of a film, captions included.
 
     Raises:
-        OSError: If there is no such film.
+        FileNotFoundError: If there is no such film.
+        ValueError: If the file is no film that can be read, or all its pictures together have too many pixels.
     """
-    with Image.open(path) as film:
-        pictures = []
-        for index in range(getattr(film, "n_frames", 1)):
-            film.seek(index)
-            pictures.append(film.convert("RGB"))
-        return pictures
+    try:
+        with opened_picture(path, [name.upper() for name in FILM_FORMATS], MAX_PIXELS) as film:
+            count = getattr(film, "n_frames", 1)
+            if film.width * film.height * count > MAX_FILM_PIXELS:
+                raise ValueError(
+                    f"{count} pictures of {film.width} x {film.height}, expected at most {MAX_FILM_PIXELS / 1e6:g} "
+                    "million pixels"
+                )
+            pictures = []
+            for index in range(count):
+                film.seek(index)
+                pictures.append(film.convert("RGB"))
+            return pictures
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a film: {error}") from error
 
 
 def evenly_spaced(pictures: Sequence[Image.Image], count: int) -> list[Image.Image]:

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from hf_aegis.evaluation.rollouts import film
 from hf_aegis.evaluation.rollouts.episodes import EpisodeResult, episode_seed, run_episode
 from hf_aegis.evaluation.rollouts.film import captioned, evenly_spaced, read_film
 from hf_aegis.evaluation.rollouts.policy import PolicyError, checked_chunk
@@ -126,6 +128,24 @@ def test_scores_by_task():
     scores = scores_by([result(0, True, task="a"), result(0, False, task="b"), result(1, True, task="a")], "task")
     assert {name: score.success_rate for name, score in scores.items()} == {"a": 1.0, "b": 0.0}
     assert list(scores_by([result(0, True)], "suite", "task")) == ["s/t"]
+
+
+def test_what_is_no_film_is_refused_by_name(tmp_path, monkeypatch):
+    path = tmp_path / "episode.webp"
+    with pytest.raises(FileNotFoundError):
+        read_film(path)
+    frames = [Image.new("RGB", (60, 50), (60 * index, 9, 9)) for index in range(4)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    whole = path.read_bytes()
+    assert len(read_film(path)) == 4
+    for data in (b"", b"no film", whole[: len(whole) // 2]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{path} cannot be read as a film"):
+            read_film(path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(film, "MAX_FILM_PIXELS", 10_000)
+    with pytest.raises(ValueError, match=r"4 pictures of 60 x 50, expected at most 0\.01 million pixels"):
+        read_film(path)
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif"])

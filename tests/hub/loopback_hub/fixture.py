@@ -33,6 +33,7 @@ class LoopbackHub:
         cache: The cache of downloads, empty at first.
         faults: See [`Faults.add`].
         requests: Method and path of every request.
+        tokens: Path and token of every request that was answered.
     """
 
     token = WRITE_TOKEN
@@ -44,6 +45,7 @@ class LoopbackHub:
         self.url = server.url
         self.faults = server.faults
         self.requests = server.requests
+        self.tokens = server.tokens
         self.home = home
         self.cache = home / "hub"
         self._store = store

@@ -60,6 +60,7 @@ class LoopbackServer:
     def __init__(self, store: Store, respond: Callable[[Store, Request], Answer]):
         self.faults = Faults()
         self.requests: list[tuple[str, str]] = []
+        self.tokens: list[tuple[str, str | None]] = []
         lock = threading.Lock()
         server = self
 
@@ -84,6 +85,7 @@ class LoopbackServer:
                     body,
                     server.url,
                 )
+                server.tokens.append((request.path, request.token))
                 try:
                     if fault is not None and fault.kind == "status":
                         raise HubError(fault.status, fault.message)
@@ -91,6 +93,8 @@ class LoopbackServer:
                         answer = respond(store, request)
                 except HubError as error:
                     answer = Answer.error(error)
+                if fault is not None:
+                    answer = fault.change(answer)
                 self._send(answer, cut=fault is not None and fault.kind == "cut")
 
             do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one  # noqa: N815
