@@ -1,0 +1,43 @@
+"""What is said when one of the processes that load data fails, or dies."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from transformers import TrainingArguments
+
+from hf_aegis.training.checkpoints import how_to_go_on
+
+
+# What PyTorch says, of a process that died and of one that raised an error.
+_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? .*(killed by signal|exited unexpectedly)")
+_RAISED = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", re.MULTILINE)
+
+
+class DataLoadingError(RuntimeError):
+    """A process that loads data has died; the message says what may have ended it, and how the training goes on."""
+
+
+@contextlib.contextmanager
+def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
+    """
+    A block that trains. What a loading process has raised comes as the error that it was, without the traceback that
+    PyTorch makes its message; that is what it came from.
+
+    Raises:
+        DataLoadingError: In the place of PyTorch's error about a process that died.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        if _DIED.match(text):
+            raise DataLoadingError(
+                f"{text.strip()} That was one of {args.dataloader_num_workers} processes that load data. The system "
+                "kills one (Killed) where memory is short, and one ends with a bus error where shared memory is: set "
+                f"dataloader_num_workers lower. {how_to_go_on(str(args.output_dir))}"
+            ) from error
+        if _RAISED.match(text):
+            _, _, said = text.strip().splitlines()[-1].partition(": ")
+            raise type(error)(said) from error
+        raise
