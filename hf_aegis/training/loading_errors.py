@@ -33,8 +33,8 @@ def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
         text = str(error)
         if _DIED.match(text):
             raise DataLoadingError(
-                f"{text.strip()} That was one of {args.dataloader_num_workers} processes that load data. The system "
-                "kills one (Killed) where memory is short, and one ends with a bus error where shared memory is: set "
+                f"{text.strip().rstrip('.')}: of {args.dataloader_num_workers} processes that load data one has died. "
+                "The system kills one where memory is short, and a bus error ends one where shared memory is: set "
                 f"dataloader_num_workers lower. {how_to_go_on(str(args.output_dir))}"
             ) from error
         if _RAISED.match(text):

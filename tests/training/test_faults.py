@@ -61,24 +61,15 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+SIZED = ("model.safetensors", "optimizer.pt")
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(make_trainer, tmp_path):
-    out = tmp_path / "out"
-    sizes = []
-
-    def fill():
-        files = {name: (out / "checkpoint-2" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")}
-        sizes.append(files)
-        assert files["model.safetensors"] < files["optimizer.pt"]
-
-    make_trainer(output_dir=str(tmp_path / "whole"), callbacks=[Between(3, lambda: None)]).train()
-    whole = (tmp_path / "whole" / "checkpoint-6" / "model.safetensors").read_bytes()
-
-    sizes = {
-        name: (tmp_path / "whole" / "checkpoint-2" / name).stat().st_size
-        for name in ("model.safetensors", "optimizer.pt")
-    }
-    assert sizes["model.safetensors"] < sizes["optimizer.pt"]
-    for limit in (sizes["model.safetensors"] // 2, sizes["optimizer.pt"] - 1000):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    make_trainer(output_dir=str(whole)).train()
+    weights, optimizer = ((whole / "checkpoint-2" / name).stat().st_size for name in SIZED)
+    assert weights < optimizer
+    for limit in (weights // 2, optimizer - 1000):
         with contextlib.ExitStack() as full:
             callback = Between(3, lambda limit=limit, full=full: full.enter_context(largest_file(limit)))
             with pytest.raises(ModelNotSavedError) as caught:
@@ -88,9 +79,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(make_trainer,
         assert re.search(r"\(0\.\d MiB are there, and [1-9]\d*\.\d MiB are free\)\. ", message)
         assert f"The last whole checkpoint is {out / 'checkpoint-2'}: started again, the training goes on" in message
         assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = make_trainer()
-    resumed.train(resume_from_checkpoint=True)
-    assert (out / "checkpoint-6" / "model.safetensors").read_bytes() == whole
+    make_trainer().train(resume_from_checkpoint=True)
+    assert len({(folder / "checkpoint-6" / "model.safetensors").read_bytes() for folder in (out, whole)}) == 1
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -134,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_trainer, tm
         assert last_complete_checkpoint(out) == out / "checkpoint-2", name
         passed_over, chosen = (record.getMessage() for record in caplog.records)
         assert passed_over.startswith(f"{out / 'checkpoint-4'} is passed over: {out / 'checkpoint-4'}")
-        assert name in passed_over or "holds no weights" in passed_over
+        assert name.split(".")[0] in passed_over or "holds no weights" in passed_over
         assert chosen == f"{out / 'checkpoint-2'} is the newest checkpoint that can be read"
         with pytest.raises(ValueError, match=r"checkpoint-4 cannot be resumed: .*checkpoint-4"):
             make_trainer().train(resume_from_checkpoint=str(out / "checkpoint-4"))
@@ -248,9 +238,11 @@ def test_a_loading_process_that_dies_is_told(make_trainer, token_dataset, tmp_pa
     with pytest.raises(DataLoadingError) as caught:
         trainer.train()
     message = str(caught.value)
-    assert re.match(
-        r"DataLoader worker \(pid \d+\) is killed by signal: Killed\. That was one of 1 processes", message
+    # PyTorch may hear of it in two ways.
+    said = (
+        r"DataLoader worker \(pid.* (is killed by signal: Killed|exited unexpectedly): of 1 processes that load data"
     )
+    assert re.match(said, message)
     assert "set dataloader_num_workers lower" in message
     assert f"The last whole checkpoint is {tmp_path / 'out' / 'checkpoint-2'}: started again" in message
 
