@@ -5,6 +5,7 @@ file is one of the two.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ RUNS = {
     },
     "replayed_transport": {"reference": "replayed_transport", "granularity": "tensor"},
     "settled": {"expert_modules": EXPERT},
+    "poisoned": {},
 }
 RESUMED = "streaming"
 TERMINATED = "terminated"
@@ -232,7 +234,10 @@ def train(folder, batch_size, resume=None, callbacks=None, **changes):
         replay_dataset=others if args.needs_replay else None,
         callbacks=callbacks,
     )
+    if folder.name == "poisoned":
+        poison(trainer)
     trainer.train(resume_from_checkpoint=resume)
+    assert trainer.non_finite_guard.skipped_steps == (folder.name == "poisoned")
     if folder.name == "settled":
         go_back(trainer, start, batch)
     if trainer.preservation.held is not None:
@@ -241,6 +246,18 @@ def train(folder, batch_size, resume=None, callbacks=None, **changes):
     assert all(spread) if args.fsdp else not any(spread)
     assert not args.fsdp or all(isinstance(layer, FSDPModule) for layer in inner_layers(model))
     return {without_wrappers(name): whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def poison(trainer):
+    """The second step's loss is infinite, in the last process alone."""
+    compute_loss = trainer.compute_loss
+    last = trainer.args.process_index == trainer.args.world_size - 1
+
+    def poisoned(*arguments, **options):
+        loss = compute_loss(*arguments, **options)
+        return loss * math.inf if last and trainer.state.global_step == 1 else loss
+
+    trainer.compute_loss = poisoned
 
 
 def go_back(trainer, start, batch):
