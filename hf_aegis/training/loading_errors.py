@@ -37,7 +37,8 @@ def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
                 "The system kills one where memory is short, and a bus error ends one where shared memory is: set "
                 f"dataloader_num_workers lower. {how_to_go_on(str(args.output_dir))}"
             ) from error
-        if _RAISED.match(text):
-            _, _, said = text.strip().splitlines()[-1].partition(": ")
-            raise type(error)(said) from error
+        # The last line of a traceback, which a message of several lines goes on from.
+        lines = list(re.finditer(rf"^[\w.]*{type(error).__name__}: ", text, re.MULTILINE))
+        if _RAISED.match(text) and lines:
+            raise type(error)(text[lines[-1].end() :].strip()) from error
         raise
