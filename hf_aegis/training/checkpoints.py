@@ -32,7 +32,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
         ValueError: If there are checkpoints that were written to their end, and none of them can be read.
     """
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    damaged = []
+    damaged: list[str] = []
     for folder in sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         fault = find_fault(folder)
         if fault is None:
