@@ -35,9 +35,12 @@ def unused_port():
 
 @pytest.fixture
 def run_processes(unused_port):
-    """Runs a script in several processes that find each other as `torchrun`'s do; fails if one of them does."""
+    """
+    Runs a script in several processes that find each other as `torchrun`'s do, and gives what they say as errors;
+    fails if one of them does, or ends with another than the expected of the `codes`.
+    """
 
-    def run(script, *arguments, size=2, timeout=300):
+    def run(script, *arguments, size=2, timeout=300, codes=None):
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": str(size)}
         shared["GLOO_SOCKET_IFNAME"] = "lo"
         command = [sys.executable, str(script), *map(str, arguments)]
@@ -50,7 +53,9 @@ def run_processes(unused_port):
         finally:
             for process in processes:
                 process.kill()
-        assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
+        expected = [0] * size if codes is None else list(codes)
+        assert [process.returncode for process in processes] == expected, "\n".join(errors)
+        return errors
 
     return run
 

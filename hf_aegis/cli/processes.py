@@ -1,12 +1,16 @@
 """Commands in processes of their own, several side by side: they share no state, and memory is measured apart."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_aegis.cli import TRACEBACK_VARIABLE
 from hf_aegis.cli.parent_process import PARENT_VARIABLE
@@ -94,7 +98,8 @@ def run_calls(
     progress: Callable[[], int] | None = None,
 ) -> None:
     """
-    Runs commands side by side, with a bar. What they say is added to their logs. On Linux they end with this process.
+    Runs commands side by side, with a bar. What they say is added to their logs. On Linux they end with this process;
+    upon SIGTERM they get it, too, and are waited for.
 
     Args:
         calls (`Sequence[Call]`): The commands, in the order in which they are started.
@@ -117,7 +122,8 @@ def run_calls(
     done = 0
     # What an earlier attempt did has taken no time of this one.
     initial = progress() if progress else 0
-    with tqdm(total=total or len(calls), initial=initial, unit="step" if progress else "command", disable=None) as bar:
+    unit = "step" if progress else "command"
+    with _ending_upon_sigterm(), tqdm(total=total or len(calls), initial=initial, unit=unit, disable=None) as bar:
         try:
             while waiting or running:
                 while waiting and free:
@@ -136,9 +142,30 @@ def run_calls(
                     bar.set_postfix_str(f"{done} of {len(calls)} commands", refresh=False)
                 bar.refresh()
         finally:
+            # A training saves a checkpoint first: all of them at once.
             for process in running.values():
                 process.popen.terminate()
+            for process in running.values():
                 process.popen.wait()
+
+
+@contextlib.contextmanager
+def _ending_upon_sigterm() -> Iterator[None]:
+    """A block that SIGTERM ends by an exception, with the exit status of a process that it ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("SIGTERM: the commands under way are ended; start it again to continue", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Process:

@@ -11,6 +11,9 @@ from hf_aegis.lazy_exports import resolve
 _EXPORTS = {
     "AEGISConfig": "hf_aegis.training.aegis_config",
     "AEGISTrainer": "hf_aegis.training.aegis_trainer",
+    "DataLoadingError": "hf_aegis.training.loading_errors",
+    "ModelNotSavedError": "hf_aegis.training.checkpoint_writing",
+    "NonFiniteTrainingError": "hf_aegis.training.non_finite_guard",
     "TrainingOutOfMemoryError": "hf_aegis.training.out_of_memory",
     "ExpertEMA": "hf_aegis.training.expert_ema",
     "last_complete_checkpoint": "hf_aegis.training.checkpoints",

@@ -129,6 +129,10 @@ class AEGISConfig(TrainingArguments):
             Steps between evaluations on the VQA hold-out given to the trainer.
         vqa_accuracy (`bool`, *optional*, defaults to `True`):
             Generate answers in these evaluations, besides the teacher-forced cross-entropy.
+        max_skipped_steps (`int`, *optional*, defaults to `20`):
+            Steps in a row whose gradients are not finite, and which are dropped therefore, before the training ends
+            with an error that says what may be wrong. Zero never ends it. In `fp16` the gradient scaler's search for
+            its scale takes up to 16 at the start.
 
     Raises:
         ValueError: If a value is unknown or out of range, or has no effect; the message names the field.
@@ -196,6 +200,7 @@ class AEGISConfig(TrainingArguments):
     expert_ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the expert's moving average."})
     vqa_steps: int = field(default=100, metadata={"help": "Steps between evaluations on the VQA hold-out."})
     vqa_accuracy: bool = field(default=True, metadata={"help": "Also generate answers in these evaluations."})
+    max_skipped_steps: int = field(default=20, metadata={"help": "Steps in a row that may be dropped; 0: any number."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +219,13 @@ class AEGISConfig(TrainingArguments):
         for name in ("penalty_scale", "projection_eps", "vqa_steps", "fisher_samples", "subspace_steps"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive, found {value}")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps must not be negative, found {self.max_skipped_steps}")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint is not supported: upon SIGTERM the trainer saves a checkpoint by itself, after "
+                "the step under way, unless save_strategy is 'no'"
+            )
         if self.reference_interval < 1:
             raise ValueError(f"reference_interval must be at least 1, found {self.reference_interval}")
         if not 0 < self.reference_share <= 1:

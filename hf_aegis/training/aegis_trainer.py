@@ -1,20 +1,16 @@
 """A Trainer that keeps what its model knows while it learns a task."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
@@ -25,27 +21,24 @@ from hf_aegis.training.callbacks import (
     ExpertEMACallback,
     LogAtSaves,
     MetricsCallback,
-    NonFiniteGuard,
     ProcessSeeds,
     ProjectionCallback,
     VQACallback,
 )
 from hf_aegis.training.certificate_callback import CertificateCallback
-from hf_aegis.training.checkpoints import last_complete_checkpoint, load_weights, refuse_other_kind
 from hf_aegis.training.default_collators import action_collator, question_collator
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.expert_load_callback import ExpertLoadCallback
 from hf_aegis.training.expert_parameters import expert_modules, expert_parameters, without_wrappers
 from hf_aegis.training.frozen_modules import freeze_modules
 from hf_aegis.training.held_subspace_callback import HeldSubspaceCallback
-from hf_aegis.training.hub_checkpoint import download_checkpoint, is_hub_checkpoint
-from hf_aegis.training.hub_trainer import HubTrainer
 from hf_aegis.training.neuron_cosine_callback import NeuronCosineCallback
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 from hf_aegis.training.out_of_memory import advising
 from hf_aegis.training.preservation import Preservation
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.resources import PhaseMemory, PhaseMemoryCallback
-from hf_aegis.training.resumable import ResumableCallback
+from hf_aegis.training.resumable_trainer import ResumableTrainer
 from hf_aegis.training.running_means import RunningMeans
 from hf_aegis.training.unsupported import (
     asks_for_fsdp,
@@ -62,7 +55,7 @@ if TYPE_CHECKING:
     from hf_aegis.evaluation.vqa import VQAHoldout
 
 
-class AEGISTrainer(HubTrainer):
+class AEGISTrainer(ResumableTrainer):
     """
     Fine-tunes a model while its decoder layers keep the activation statistics of an anchor (arXiv 2604.16067).
 
@@ -86,7 +79,7 @@ class AEGISTrainer(HubTrainer):
     `trainer.memory` has it, too. For that, each phase resets CUDA's peak statistics, also those that a caller reads.
     Each checkpoint is preceded by a log, whatever `logging_steps` is, so that a run resumed from it logs what an
     uninterrupted one does. Out of memory, it raises [`TrainingOutOfMemoryError`], which says what options would lower
-    the peak, and by how much.
+    the peak, and by how much. What else goes wrong, and what happens then: `tests/FAULTS.md`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -394,18 +387,8 @@ class AEGISTrainer(HubTrainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> TrainOutput:
-        """
-        Trains. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end, or starts anew
-        where there is none; `"org/name"` and `"org/name@revision"` the newest one of a run on the Hub. Afterwards the
-        expert holds its averaged weights; the checkpoints hold both.
-        """
-        if resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-        elif resume_from_checkpoint and is_hub_checkpoint(resume_from_checkpoint):
-            folder, token = Path(str(self.args.output_dir)), self.args.hub_token
-            resume_from_checkpoint = str(download_checkpoint(resume_from_checkpoint, folder, token))
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        """As [`ResumableTrainer`]. Afterwards the expert holds its averaged weights; the checkpoints hold both."""
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.ema is not None:
             reshard(self.model)
             self.ema.copy_to_model()
@@ -436,13 +419,6 @@ class AEGISTrainer(HubTrainer):
         if hasattr(self.model, "sample_actions"):
             # As the Trainer does for `generate`: weights are gathered where not `forward` itself is called.
             register_fsdp_forward_method(self.model, "sample_actions")
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The Trainer looks whether it has arrived only after a step: resuming a finished run would train on.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation with the expert's averaged weights; draws the same noise and times every time."""
@@ -479,50 +455,9 @@ class AEGISTrainer(HubTrainer):
             logs = {**logs, **self.memory.figures()}
         super().log(logs, start_time)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            # Without a second copy of the weights, in a pickle.
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-            if self.args.should_save and self.lr_scheduler is not None:
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-        if self._projection is not None:
-            self._projection.flush()
-        if self.ema is not None and (self.args.should_save or self.is_fsdp_enabled):
-            self.ema.save(output_dir, writes=self.args.should_save)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        refuse_other_kind(resume_from_checkpoint, sharded=self.is_fsdp_enabled)
         self._follow_shards()
-        if isinstance(self.model, PreTrainedModel) and (model is None or self.is_fsdp_enabled):
-            load_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        checkpoint = str(self.state.best_model_checkpoint)
-        if isinstance(self.model, PreTrainedModel):
-            load_weights(self.model, checkpoint)
-        else:
-            super()._load_best_model()
-        if self.ema is not None:
-            self.ema.load(checkpoint)
-
-    def _load_callback_state(self) -> None:
-        # Those of ours read their own. The Trainer would make them anew, without what their state does not hold.
-        stored: Any = self.state.stateful_callbacks
-        ours = {type(c).__name__ for c in self.callback_handler.callbacks if isinstance(c, ResumableCallback)}
-        others: Any = {name: data for name, data in stored.items() if name not in ours}
-        self.state.stateful_callbacks = others
-        super()._load_callback_state()
-        self.state.stateful_callbacks = stored
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None and os.path.isdir(checkpoint):
-            self.ema.load(checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _choose_shards(model: nn.Module, plugin: Any, expert: Iterable[str]) -> None:

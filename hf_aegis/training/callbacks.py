@@ -5,16 +5,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_aegis.gradients import ProjectionReport, as_whole
+from hf_aegis.gradients import ProjectionReport
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
-from hf_aegis.training.resumable import ResumableCallback
 
 
 if TYPE_CHECKING:
@@ -235,33 +234,3 @@ class ProcessSeeds(TrainerCallback):
         # A resumed training reads the states of its checkpoint's processes later.
         if args.process_index > 0:
             torch.manual_seed(args.seed + args.process_index)
-
-
-class NonFiniteGuard(ResumableCallback):
-    """
-    Drops all gradients of a step in which any is not finite, so that no NaN reaches a parameter or an optimiser's
-    moments. In `fp16` it leaves them to the gradient scaler, which skips the step and has to see why.
-
-    Attributes:
-        skipped_steps (`int`): Steps that changed nothing: those dropped here, and those that had no gradient at all.
-    """
-
-    initial: ClassVar = {"skipped_steps": 0}
-    skipped_steps: int
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if args.fp16:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # Of gradients that are spread over processes the whole norm: all of them drop a step, or none does.
-        if not gradients or not math.isfinite(float(as_whole(torch.nn.utils.get_total_norm(gradients)))):
-            self.skipped_steps += 1
-            for parameter in model.parameters():
-                parameter.grad = None

@@ -12,9 +12,9 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
-from hf_aegis.json_files import read_json_object
+from hf_aegis.training.checkpoint_faults import find_fault, is_finished
 
 
 logger = logging.getLogger(__name__)
@@ -22,21 +22,43 @@ logger = logging.getLogger(__name__)
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """
-    The newest checkpoint under `output_dir` that was written to its end, or `None`.
+    The newest checkpoint under `output_dir` that can be resumed, or `None` where none was written to its end.
 
     The trainer writes a checkpoint's `trainer_state.json` last; a run that was killed while saving leaves a folder
-    without it, or with half of it. Such folders are passed over, with a warning.
+    without it, or with half of it. Such folders are passed over, and so are those with a file that cannot be read,
+    each with a warning that says why.
+
+    Raises:
+        ValueError: If there are checkpoints that were written to their end, and none of them can be read.
     """
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    damaged: list[str] = []
     for folder in sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            # A loss that was not finite is written as it is.
-            read_json_object(folder / TRAINER_STATE_NAME, finite=False)
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end and is passed over", folder)
-            continue
-        return folder
+        fault = find_fault(folder)
+        if fault is None:
+            if damaged:
+                logger.warning("%s is the newest checkpoint that can be read", folder)
+            return folder
+        logger.warning("%s is passed over: %s", folder, fault)
+        if is_finished(folder):
+            damaged.append(fault)
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {output_dir} can be resumed: {'; '.join(damaged)}. Put back what is missing, or delete "
+            "the folders named checkpoint-* to begin anew"
+        )
     return None
+
+
+def how_to_go_on(output_dir: str | os.PathLike) -> str:
+    """For the end of an error: what is left of a training, and how it is continued."""
+    try:
+        checkpoint = last_complete_checkpoint(output_dir)
+    except ValueError as error:
+        return str(error)
+    if checkpoint is None:
+        return f"There is no whole checkpoint in {output_dir}: started again, the training begins anew"
+    return f"The last whole checkpoint is {checkpoint}: started again, the training goes on from there"
 
 
 def refuse_other_kind(checkpoint: str | os.PathLike, sharded: bool) -> None:

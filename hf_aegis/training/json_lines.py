@@ -53,13 +53,18 @@ class JSONLines:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes records at the end, in the place of a line that a killed process left half-written."""
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-            for record in records:
-                file.write(json.dumps(finite_json(record), allow_nan=False).encode() + b"\n")
+        lines = b"".join(json.dumps(finite_json(record), allow_nan=False).encode() + b"\n" for record in records)
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+                file.write(lines)
+        except OSError as error:
+            # The system does not say where a disk is full.
+            error.filename = str(self.path)
+            raise
 
     def read(self) -> list[dict[str, Any]]:
         """

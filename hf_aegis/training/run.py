@@ -26,6 +26,7 @@ from hf_aegis.training.adapters import add_gse, add_lora
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.aegis_trainer import AEGISTrainer
 from hf_aegis.training.analysis import Analysis
+from hf_aegis.training.checkpoint_writing import naming_folder
 from hf_aegis.training.checkpoints import last_complete_checkpoint
 from hf_aegis.training.json_lines import finite_json
 from hf_aegis.training.resources import ResourceCallback, peak_memory_mb, reset_peak_memory
@@ -231,7 +232,8 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         # Projector and expert stay as they were trained.
         trainer.model = trainer.model_wrapped = trained.unload()
     # Not to be pushed before the result is there.
-    trainer.save_model(str(folder), _internal_call=True)
+    with naming_folder(folder):
+        trainer.save_model(str(folder), _internal_call=True)
     result = finite_json(result)
     if main:
         written = {**written_version(_RESULT_KIND), **result}

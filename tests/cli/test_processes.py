@@ -1,7 +1,10 @@
 """Commands side by side: threads, GPUs, failures, logs and the bar, with a stand-in for Python."""
 
 import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -19,6 +22,8 @@ case "$4" in
   sleep) exec sleep 600 ;;
   fail) echo "no such model" >&2; exit 3 ;;
   silent) exit 4 ;;
+  save) trap 'sleep 0.2; echo saved; exit 143' TERM
+    touch {tmp_path}/$5; while :; do sleep 0.05; done ;;
   environment) echo $HF_AEGIS_PARENT $OMP_NUM_THREADS $HF_AEGIS_TRACEBACK ;;
   gpu) echo $CUDA_VISIBLE_DEVICES >> {tmp_path}/gpus
     while [ $(wc -l < {tmp_path}/gpus) -lt 2 ]; do sleep 0.05; done ;;
@@ -52,6 +57,32 @@ def test_the_others_go_on_where_a_failure_is_only_noted(tmp_path):
     assert ends["environment"] is None
     assert "code 3: no such model" in ends["fail"]
     assert "code 4: it said nothing" in ends["silent2"]
+
+
+def test_sigterm_reaches_the_commands_which_are_waited_for(tmp_path, capsys):
+    def terminate():
+        while not all((tmp_path / name).exists() for name in "ab"):
+            time.sleep(0.02)
+        # Schedulers send it again.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signals = threading.Thread(target=terminate)
+    signals.start()
+    noted = {}
+    calls = [Call(name, ("train", "save", name)) for name in "abc"]
+    with pytest.raises(SystemExit) as ended:
+        run_calls(calls, tmp_path / "logs", TWO, ended=lambda call, failure: noted.update({call.name: failure}))
+    signals.join()
+    assert ended.value.code == 143
+    # They ended whole, the third was not begun, and none counts as failed.
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == dict.fromkeys(
+        ("a.log", "b.log"), "saved\n"
+    )
+    assert noted == {}
+    assert "SIGTERM: the commands under way are ended; start it again to continue" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_log_keeps_what_an_earlier_attempt_said(tmp_path):

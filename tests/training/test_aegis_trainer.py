@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 from hf_aegis.anchors import find_decoder_layers
 from hf_aegis.gradients import GradientShield
 from hf_aegis.training import AEGISTrainer, last_complete_checkpoint
-from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 from hf_aegis.training.resources import ResourceCallback
 
 
@@ -360,7 +360,9 @@ def test_a_failed_training_leaves_no_figures_to_the_next(
 
 def test_a_step_without_gradients_is_counted():
     guard = NonFiniteGuard()
-    guard.on_pre_optimizer_step(SimpleNamespace(fp16=False), None, None, model=torch.nn.Linear(1, 1))
+    guard.on_pre_optimizer_step(
+        SimpleNamespace(fp16=False, max_skipped_steps=20), None, None, model=torch.nn.Linear(1, 1)
+    )
     assert guard.skipped_steps == 1
 
 

@@ -5,7 +5,9 @@ file is one of the two.
 
 import contextlib
 import json
+import math
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, TrainerCallback
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.training import AEGISConfig, AEGISTrainer
@@ -42,8 +44,10 @@ RUNS = {
     },
     "replayed_transport": {"reference": "replayed_transport", "granularity": "tensor"},
     "settled": {"expert_modules": EXPERT},
+    "poisoned": {},
 }
 RESUMED = "streaming"
+TERMINATED = "terminated"
 SHARDED_RUNS = {
     "sharded": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     "sharded_checkpointed": {
@@ -81,6 +85,9 @@ def test_two_processes_equal_one(tmp_path, run_processes, one_sharded_process):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     # What one process has begun, two went on with; and the other way round.
     compare(load_file(tmp_path / "two" / "resumed" / "weights.safetensors"), alone[RESUMED])
+    # One of two that got SIGTERM had both save, and both went on from there.
+    one, whole = (load_file(tmp_path / "two" / name / "weights.safetensors") for name in (TERMINATED, RESUMED))
+    assert all(torch.equal(one[name], weight) for name, weight in whole.items())
     first = str(tmp_path / "two" / RESUMED / "checkpoint-2")
     compare(train(tmp_path / "one" / "resumed", 4, resume=first, **RUNS[RESUMED]), alone[RESUMED])
     compare(load_file(tmp_path / "two" / "resumed_sharded" / "weights.safetensors"), alone[RESUMED_SHARDED])
@@ -168,7 +175,25 @@ def sequences(size, seed):
     return rows
 
 
-def train(folder, batch_size, resume=None, **changes):
+class TerminateLast(TrainerCallback):
+    """Sends SIGTERM to the last process alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def terminate_and_resume(folder):
+    """A training that is ended after its second step, and goes on."""
+    with pytest.raises(SystemExit) as ended:
+        train(folder, 2, callbacks=[TerminateLast()], **RUNS[RESUMED])
+    assert ended.value.code == 143
+    checkpoint = folder / "checkpoint-2"
+    assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    return train(folder, 2, resume=str(checkpoint), **RUNS[RESUMED])
+
+
+def train(folder, batch_size, resume=None, callbacks=None, **changes):
     """Three steps of a batch that all processes share; the whole weights afterwards."""
     model = make_model()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -187,8 +212,8 @@ def train(folder, batch_size, resume=None, **changes):
         learning_rate=1e-2,
         warmup_steps=0,
         logging_steps=1,
-        save_strategy="steps" if folder.name in (RESUMED, RESUMED_SHARDED, "first") else "no",
-        save_steps=2,
+        save_strategy="steps" if folder.name in (RESUMED, RESUMED_SHARDED, TERMINATED, "first") else "no",
+        save_steps=100 if folder.name == TERMINATED else 2,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -207,8 +232,12 @@ def train(folder, batch_size, resume=None, **changes):
         anchor=ActivationAnchor.collect(model, [batch], subspaces=options, progress=False),
         train_dataset=sequences(24, seed=0),
         replay_dataset=others if args.needs_replay else None,
+        callbacks=callbacks,
     )
+    if folder.name == "poisoned":
+        poison(trainer)
     trainer.train(resume_from_checkpoint=resume)
+    assert trainer.non_finite_guard.skipped_steps == (folder.name == "poisoned")
     if folder.name == "settled":
         go_back(trainer, start, batch)
     if trainer.preservation.held is not None:
@@ -217,6 +246,18 @@ def train(folder, batch_size, resume=None, **changes):
     assert all(spread) if args.fsdp else not any(spread)
     assert not args.fsdp or all(isinstance(layer, FSDPModule) for layer in inner_layers(model))
     return {without_wrappers(name): whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def poison(trainer):
+    """The second step's loss is infinite, in the last process alone."""
+    compute_loss = trainer.compute_loss
+    last = trainer.args.process_index == trainer.args.world_size - 1
+
+    def poisoned(*arguments, **options):
+        loss = compute_loss(*arguments, **options)
+        return loss * math.inf if last and trainer.state.global_step == 1 else loss
+
+    trainer.compute_loss = poisoned
 
 
 def go_back(trainer, start, batch):
@@ -255,10 +296,13 @@ if __name__ == "__main__":
     }
     # accelerate does not leave FSDP again.
     for name, options in sorted(
-        (RUNS | SHARDED_RUNS | ROUNDED | resumed).items(), key=lambda item: "sharded" in item[0]
+        (RUNS | SHARDED_RUNS | ROUNDED | resumed | {TERMINATED: {}}).items(), key=lambda item: "sharded" in item[0]
     ):
         target = folder / "two" / name
-        weights = train(target, 2, fsdp="sharded" in name, **options)
+        if name == TERMINATED:
+            weights = terminate_and_resume(target)
+        else:
+            weights = train(target, 2, fsdp="sharded" in name, **options)
         everyone = [None, None]
         torch.distributed.all_gather_object(everyone, weights)
         for key in weights:

@@ -23,8 +23,8 @@ from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
 from hf_aegis.training import AEGISConfig, AEGISTrainer
-from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 from hf_aegis.training.resources import ResourceCallback
 from hf_aegis.training.run import RunArguments, run_training
 from hf_aegis.training.run_lock import locked_folder
@@ -317,6 +317,6 @@ def test_with_a_gradient_scaler_the_guard_stands_aside():
     for fp16, skipped in ((True, 0), (False, 1)):
         guard = NonFiniteGuard()
         parameter.weight.grad = torch.full((1, 1), math.inf)
-        guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16), None, None, model=parameter)
+        guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16, max_skipped_steps=20), None, None, model=parameter)
         assert guard.skipped_steps == skipped
         assert (parameter.weight.grad is None) == (skipped == 1)

@@ -1,0 +1,44 @@
+"""What is said when one of the processes that load data fails, or dies."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from transformers import TrainingArguments
+
+from hf_aegis.training.checkpoints import how_to_go_on
+
+
+# What PyTorch says, of a process that died and of one that raised an error.
+_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? .*(killed by signal|exited unexpectedly)")
+_RAISED = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", re.MULTILINE)
+
+
+class DataLoadingError(RuntimeError):
+    """A process that loads data has died; the message says what may have ended it, and how the training goes on."""
+
+
+@contextlib.contextmanager
+def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
+    """
+    A block that trains. What a loading process has raised comes as the error that it was, without the traceback that
+    PyTorch makes its message; that is what it came from.
+
+    Raises:
+        DataLoadingError: In the place of PyTorch's error about a process that died.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        if _DIED.match(text):
+            raise DataLoadingError(
+                f"{text.strip().rstrip('.')}: of {args.dataloader_num_workers} processes that load data one has died. "
+                "The system kills one where memory is short, and a bus error ends one where shared memory is: set "
+                f"dataloader_num_workers lower. {how_to_go_on(str(args.output_dir))}"
+            ) from error
+        # The last line of a traceback, which a message of several lines goes on from.
+        lines = list(re.finditer(rf"^[\w.]*{type(error).__name__}: ", text, re.MULTILINE))
+        if _RAISED.match(text) and lines:
+            raise type(error)(text[lines[-1].end() :].strip()) from error
+        raise

@@ -1,0 +1,105 @@
+"""A training that is asked to end (SIGTERM) saves a checkpoint first."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.training_args import ParallelMode
+
+
+logger = logging.getLogger(__name__)
+
+EXIT_STATUS = 128 + signal.SIGTERM
+"""What shells report of a process that SIGTERM ended."""
+
+
+class SaveOnTermination(TrainerCallback):
+    """
+    Upon SIGTERM, lets the step under way end, has a checkpoint saved, and ends the process with status 143. Several
+    processes do so after the same step, whichever of them got the signal.
+
+    It comes before the callbacks that prepare a checkpoint in `on_step_end`.
+    """
+
+    def __init__(self) -> None:
+        # By the signal, in this process; and after which step, in all of them.
+        self._asked = self._ending = False
+
+    @contextlib.contextmanager
+    def listening(self, args: TrainingArguments) -> Iterator[None]:
+        """
+        A block that trains. The signal keeps its effect where no checkpoints are saved, where the program handles it
+        itself, and outside of the main thread.
+        """
+        self._asked = self._ending = False
+        unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if not _saves(args) or not unhandled or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._asked:
+            # It came when there was no step left to be saved after.
+            signal.raise_signal(signal.SIGTERM)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not _saves(args):
+            return
+        self._ending = self._asked
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            asked = torch.tensor(int(self._asked), device=args.device)
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+            self._ending = bool(asked)
+        control.should_save = control.should_save or self._ending
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._ending:
+            return
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            # What starts the processes ends all when one ends.
+            distributed.barrier()
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            logger.warning(
+                "SIGTERM: the training ends after step %d of %d; started again it goes on from %s",
+                state.global_step,
+                state.max_steps,
+                checkpoint,
+            )
+        raise SystemExit(EXIT_STATUS)
+
+
+def _saves(args: TrainingArguments) -> bool:
+    return args.save_strategy != SaveStrategy.NO
+
+
+def keep_workers(loader: DataLoader) -> None:
+    """
+    Lets a loader's processes go on when SIGTERM comes, which is often sent to all processes of a job: the step under
+    way needs them. They end when the loader does, or the process that has it.
+    """
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if start is not None:
+        start(number)
