@@ -246,7 +246,7 @@ class Comparison:
         if resolved.exists() and (earlier := _read_recipe(resolved)).get("output_dir") != str(output):
             # The folder was moved. A run in it continues by a recipe that says where it is now.
             moved = {key: recipe[key] for key in ("output_dir", "anchor") if key in recipe}
-            write_text(resolved, yaml.safe_dump({**earlier, **moved}, sort_keys=False))
+            write_text(resolved, yaml.safe_dump(earlier | moved, sort_keys=False))
 
     def _write_settings(self) -> None:
         path = self.folder / SETTINGS_FILE

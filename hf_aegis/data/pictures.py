@@ -66,7 +66,7 @@ def opened_picture(
         with warnings.catch_warnings():
             # Pillow warns of sizes that are refused here, and of damage that it can do without.
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=formats) as image:
+            with Image.open(file, formats=list(formats)) as image:
                 if image.width * image.height > max_pixels:
                     raise TooManyPixelsError(_too_many(f"{image.width} x {image.height}", max_pixels))
                 if 0 in image.size:
