@@ -35,8 +35,8 @@ from hf_aegis.reports.comparison_files import (
 )
 from hf_aegis.reports.results_table import write_results
 from hf_aegis.reports.run_logs import RunLogs
-from hf_aegis.training.callbacks import NonFiniteGuard
 from hf_aegis.training.expert_ema import ExpertEMA
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"

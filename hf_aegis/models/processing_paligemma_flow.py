@@ -324,7 +324,9 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         if fault := prompt_fault(cleaned := " ".join(instruction.replace("_", " ").split())):
             raise ValueError(f"the instruction {fault}")
         # Before the underscores went, which a token's name may have.
-        if token := find_control_token(instruction, (self.image_token, *self.tokenizer.all_special_tokens)):
+        # Places are words like others, where they do not stand for an action.
+        special = (self.image_token, *self.tokenizer.all_special_tokens)
+        if token := find_control_token(instruction, special, places=False):
             raise ValueError(f"the instruction {instruction!r} holds {token!r}, which is a token of the model's own")
         return cleaned
 

@@ -1,12 +1,11 @@
 """A figure's course over training steps in several runs: their mean, and how far they scatter."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-
-Records = Sequence[Mapping[str, Any]]
+from hf_aegis.reports.run_files import Records
 
 
 class Band(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_aegis.atomic_files import replacing
-from hf_aegis.reports.bands import Records
 from hf_aegis.reports.drift_plane import drift_plane, plot_drift
 from hf_aegis.reports.expert_figures import plot_expert_spectra, plot_routing
 from hf_aegis.reports.figure_material import Material, MissingDataError
 from hf_aegis.reports.film_strips import filmed_episodes, plot_film_strips
 from hf_aegis.reports.neuron_cosine_figures import plot_neuron_cosines
+from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
 from hf_aegis.reports.style import REFERENCES, condition_panels, condition_styles, split_ablations

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from hf_aegis.reports.bands import Records
+from hf_aegis.reports.run_files import Records
 
 
 class _Measure(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_aegis.reports.bands import Records
+from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.style import CONDITION_STYLES, WIDTH, figure_style, group_labels, group_order
 
 

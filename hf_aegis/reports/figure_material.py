@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hf_aegis.reports.bands import Records
+from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.style import REFERENCES
 from hf_aegis.reports.training_curves import logged_curves

@@ -269,8 +269,8 @@ def _rollouts(path: Path) -> dict[str, float | None]:
     scores = read_rollout_scores(path)
     suites = scores["by_suite"] if len(scores["by_suite"]) > 1 else {}
     return {
-        "libero_success": scores["success_rate"],
-        **{f"libero_success.{name}": score["success_rate"] for name, score in suites.items()},
+        "libero_success": scores.get("success_rate"),
+        **{f"libero_success.{name}": score.get("success_rate") for name, score in suites.items()},
         "libero_successes": scores["successes"],
         "libero_episodes": scores["episodes"],
         "libero_crashed": scores["crashed"],

@@ -4,13 +4,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hf_aegis.json_files import is_kind, require_keys
-from hf_aegis.reports.bands import Records
 
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Records = Sequence[Mapping[str, Any]]
+"""What a file of JSON lines holds."""
 
 _NUMBER, _NUMBER_OR_NONE = (float,), (float, type(None))
 
@@ -95,11 +98,13 @@ def check_gradient_spectra(found: dict[str, Any], path: Path) -> None:
                 _check_spectrum(matrix, loss, f"{place}, {name}")
 
 
-def check_hidden_states(states: Mapping[str, np.ndarray], path: Path) -> None:
+def check_hidden_states(states: "Mapping[str, np.ndarray]", path: Path) -> None:
     """
     Raises:
         ValueError: If the states before and after are missing, or are not matrices of one shape with finite numbers.
     """
+    import numpy as np
+
     if missing := {"before", "after"} - states.keys():
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; found {', '.join(sorted(states))}")
     shapes = [states[name].shape for name in ("before", "after")]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_aegis.json_files import read_json_object
-from hf_aegis.reports.bands import Records
 from hf_aegis.reports.comparison_files import read_episodes, read_result
 from hf_aegis.reports.results_table import ROLLOUTS_FILE
 from hf_aegis.reports.run_files import (
+    Records,
     check_expert_spectra,
     check_experts,
     check_gradient_spectra,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_aegis.reports.bands import Records, band, smooth
+from hf_aegis.reports.bands import band, smooth
+from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.style import (
     CONDITION_STYLES,
     WIDTH,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_aegis.anchors import ActivationAnchor, Share
-from hf_aegis.anchors.layer_moments import LayerMoments
+from hf_aegis.anchors.moments_observer import MomentsObserver
 from hf_aegis.anchors.moments_over_batches import MomentsOverBatches
 from hf_aegis.anchors.partial_collection import PartialCollection
 
@@ -47,7 +47,7 @@ def assert_close(mean, variance, exact):
 def add(sums, numbers):
     """What a collection's forward passes do."""
     layers = nn.ModuleList([nn.Identity()])
-    observed = LayerMoments(layers)
+    observed = MomentsObserver(layers)
     with observed.attached():
         for number in numbers:
             hidden, mask = batch(number)

@@ -15,7 +15,7 @@ FEW = {"demonstrations": 40, "fast_configuration": 40, "fast_vocabulary": 40, "r
 def test_damaged_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
     report = READERS[name](tmp_path).fuzz(FEW.get(name, 100))
     report.check()
-    assert len(report.outcomes) > 1, "all files were read, or all refused"
+    assert report.outcomes.keys() != {None}, "none was refused"
 
 
 @pytest.mark.parametrize("name", READERS)

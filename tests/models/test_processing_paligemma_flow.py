@@ -167,7 +167,6 @@ def test_wrong_input_is_refused(processor, images):
         ((images, ["red " * 300, "red", "blue"], raw), "the instruction has 1199 characters, expected at most 1000"),
         ((images, ["<image>red", "red", "blue"], raw), "holds '<image>'"),
         ((images, ["red<eos>", "red", "blue"], raw), "holds '<eos>', which is a token of the model's own"),
-        ((images, ["red <loc0001>", "red", "blue"], raw), "holds '<loc0001>'"),
         ((images, [None, "red", "blue"], raw), "must be a str, found NoneType"),
         ((images, TEXT, raw | {"state": raw["state"][:, :2]}), r"'state' of shape \(3, 2\) does not fit"),
         ((images, TEXT, raw | {"state": raw["state"][:2]}), r"`state` must have 2 dimensions and 3 samples"),

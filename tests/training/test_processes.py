@@ -82,6 +82,9 @@ def test_two_processes_equal_one(tmp_path, run_processes, one_sharded_process):
     for name in RUNS | SHARDED_RUNS:
         compare(load_file(tmp_path / "two" / name / "weights.safetensors"), alone[name])
         found, expected = (last_log(tmp_path / processes / name) for processes in ("two", "one"))
+        if name == "poisoned":
+            # In the place of a loss that is not finite each process's Trainer counts the mean of its own before.
+            assert found.pop("train_loss") != expected.pop("train_loss")
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     # What one process has begun, two went on with; and the other way round.
     compare(load_file(tmp_path / "two" / "resumed" / "weights.safetensors"), alone[RESUMED])

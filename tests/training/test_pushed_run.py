@@ -53,7 +53,7 @@ def test_a_run_is_pushed_when_it_has_ended(hub, run, pushing, tmp_path, monkeypa
     result = run_training(run, pushing, illustrate=lambda folder: (folder / "figures").mkdir())
     files = hub.repo(REPO).files()
     assert hub.repo(REPO).private
-    assert json.loads(files["result.json"]) == result
+    assert json.loads(files["result.json"]) == {"format_version": 1, **result}
     expected = {"README.md", "config.json", "model.safetensors", "processor_config.json", "recipe.yaml"}
     assert expected | {"adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl"} <= files.keys()
     assert not [name for name in files if re.search(r"checkpoint|\.bin$|\.pt$|\.pth$|^\.|/\.", name)]

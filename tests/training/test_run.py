@@ -60,7 +60,7 @@ def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, pr
     out = tmp_path / "out"
     run, args = make_run(), make_args(max_steps=2, preserve=preserve, save_strategy="steps", save_steps=2)
     result = run_training(run, args)
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text()) == {"format_version": 1, **result}
     assert {"none": 0, "projection": 5}[preserve] == len(
         {"throttle_rate", "energy_shed", "cosine", "alpha", "penalty"} & result.keys()
     )

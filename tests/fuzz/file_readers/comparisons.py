@@ -3,6 +3,7 @@
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -130,14 +131,14 @@ def comparison_folder(folder: Path) -> FileReader:
         for run in (run for runs in logs.values() for run in runs):
             run.fingerprints()
             _of_each(run.metrics(), lambda records: band([records], "vqa_accuracy"))
-            _of_each(run.projection(), _projection)
+            _of_each(run.projection(), partial(_projection, run.folder))
             _of_each(run.experts(), lambda records: summed_routing([records]))
             _of_each(run.neuron_cosines(), lambda found: summed_counts([found]))
             _of_each(run.gradient_spectra(), lambda found: (mean_spectra([found], "flow"), _shares(found)))
-            _of_each(run.hidden_states(), _plane)
+            _of_each(run.hidden_states(), partial(_plane, run.folder))
             run.expert_spectra()
 
-    return FileReader([_pack(known)], read, "json", _FOLDER)
+    return FileReader([_pack(known)], read, folder.name, _FOLDER)
 
 
 def _of_each(found: Any, use: Callable[[Any], Any]) -> None:
@@ -146,8 +147,11 @@ def _of_each(found: Any, use: Callable[[Any], Any]) -> None:
             use(found)
 
 
-def _projection(records: Any) -> None:
-    conflict_map([records])
+def _projection(run: Path, records: Any) -> None:
+    try:
+        conflict_map([records])
+    except ValueError as error:  # what the figure says in its place
+        raise ValueError(f"{run}: {error}") from error
     diagnostics_rows({"AEGIS": [[record["summary"] for record in records if record.get("summary")]]})
 
 
@@ -155,11 +159,11 @@ def _shares(found: Any) -> Any:
     return mean_concentration([found], "cross_entropy", 0.05)
 
 
-def _plane(states: Any) -> None:
+def _plane(run: Path, states: Any) -> None:
     try:
         drift_plane(states["before"], states["after"], states["after"])
     except ValueError as error:  # what the figure says in its place
-        raise ValueError(f"hidden_states.safetensors of a json run: {error}") from error
+        raise ValueError(f"{run}: hidden states: {error}") from error
 
 
 COMPARISON_READERS = {"comparison_folder": comparison_folder}
