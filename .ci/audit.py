@@ -133,7 +133,7 @@ def _pip_audit(requirements: Path) -> list[dict]:
     command = [Path(sys.executable).with_name("uv"), "tool", "run", "--from", PIP_AUDIT, "pip-audit"]
     command += ["--requirement", requirements, "--no-deps", "--disable-pip", "--format", "json"]
     command += ["--progress-spinner", "off"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return json.loads(ended.stdout)["dependencies"]
 
 
