@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 from transformers.utils import PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.data.fast_bpe import LAST_CODE, CoefficientEncoding, FASTDecodeError, train_bpe
+from hf_aegis.data.fast_bpe_file import read_bpe
 from hf_aegis.format_version import FORMAT_KEY, check_format_version, written_version
 from hf_aegis.functional.cosine_transform import dct, inverse_dct
 from hf_aegis.json_files import read_json_object
@@ -22,7 +25,7 @@ from hf_aegis.json_files import read_json_object
 logger = logging.getLogger(__name__)
 
 _KIND = "FAST tokenizer"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # PaliGemma's <seg> tokens, the last of its vocabulary, are left alone, as in openpi.
 SEGMENTATION_TOKENS = 128
 
@@ -297,21 +300,8 @@ class FASTTokenizer(ProcessorMixin):
         cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs
     ):
         # Beside processor_config.json, where published tokenizers have it; transformers would look a folder deeper.
-        for key in ("trust_remote_code", "_from_auto"):
-            kwargs.pop(key, None)
-        folder = Path(pretrained_model_name_or_path, subfolder)
-        for path in (folder / name for name in _TOKENIZER_FILES):
-            if path.is_file():
-                read_json_object(path)
-        try:
-            return PreTrainedTokenizerFast.from_pretrained(
-                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-            )
-        except OSError:
-            raise
-        # tokenizers has no error of its own, and transformers takes what is in the files for what it expects.
-        except Exception as error:
-            raise ValueError(f"{folder}: {', '.join(_TOKENIZER_FILES)} hold no tokenizer: {error!r}") from error
+        place = {key: value for key, value in kwargs.items() if key in _LOCATION}
+        return read_bpe(cached_file(pretrained_model_name_or_path, FULL_TOKENIZER_FILE, subfolder=subfolder, **place))
 
     def _report_clipping(self, wanted: np.ndarray, fitting: np.ndarray, out_of_range: str) -> None:
         changed = wanted != fitting

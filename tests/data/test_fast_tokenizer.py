@@ -219,6 +219,57 @@ def test_a_folder_of_something_else_is_refused(fast, tmp_path):
             FASTTokenizer.from_pretrained(tmp_path)
 
 
+def _without_a_token(model):
+    del model["vocab"][model["merges"][0][0]]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("model", lambda model: model["vocab"].update(new=2**40), "vocab: ids of the .* are not 0 to"),
+        ("model", _without_a_token, "vocab: ids of the .* are not 0 to"),
+        ("model", lambda model: model["merges"].append(["a", "b"]), r"merges: \d+: 'a' is not in the vocabulary"),
+        ("model", lambda model: model["merges"].append("a"), r"merges: \d+: expected two tokens, found 'a'"),
+        ("model", lambda model: model.update(type="Unigram"), "key 'type' is 'Unigram', expected 'BPE'"),
+        ("model", lambda model: model.update(dropout=0.5), "key 'dropout' is 0.5: it would change actions"),
+        ("model", lambda model: model.update(vocab=[]), "model: key 'vocab' is list of 0, expected dict"),
+        (
+            "decoder",
+            lambda decoder: decoder.update(type="Fuse"),
+            "decoder: key 'type' is 'Fuse', expected 'ByteLevel'",
+        ),
+        (
+            "added_tokens",
+            lambda tokens: tokens.append({"id": 3, "content": "x"}),
+            "added_tokens: 0: key 'id' is 3, but",
+        ),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused_by_name(fast, tmp_path, part, change, message):
+    fast.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    change(values[part])
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}"):
+        FASTTokenizer.from_pretrained(tmp_path)
+
+
+def test_older_forms_of_a_vocabulary_load(fast, tmp_path):
+    fast.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"] = [" ".join(merge) for merge in values["model"]["merges"]]
+    # What somebody's call once asked for, which would leave actions out.
+    values["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    values["added_tokens"] = [{"id": fast.num_tokens, "content": "<pad>", "special": True}]
+    path.write_text(json.dumps(values))
+    loaded = FASTTokenizer.from_pretrained(tmp_path)
+    chunks = smooth_chunks(3, 12, 3, seed=5)
+    assert loaded(chunks) == fast(chunks)
+    assert loaded.num_tokens == fast.num_tokens + 1
+
+
 # What cannot be encoded
 
 
