@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from hf_aegis.cli.command_parser import CommandParser
 from hf_aegis.cli.parent_process import end_with_parent
+from hf_aegis.training.training_ended import TrainingEndedError
 
 
 # Command name -> (module, one-line help). Each module offers `configure(parser)` and `run(arguments)` and keeps heavy
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Runs one command.
 
     Returns:
-        `int`: 0, or what the command says; 2 after an error of the user's input, told in one line on standard error,
-        after its traceback where `HF_AEGIS_TRACEBACK` asks for it; 130 after an interruption.
+        `int`: 0, or what the command says; 1 after a training that ended too early, and 2 after an error of the user's
+        input, each told on standard error, after its traceback where `HF_AEGIS_TRACEBACK` asks for it; 130 after an
+        interruption.
 
     Raises:
         SystemExit: after `--help` (0) and for a command line that cannot be parsed (2).
@@ -90,9 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         module, _ = {**COMMANDS, **TWO_WORD_COMMANDS}[arguments.command]
         return importlib.import_module(module).run(arguments) or 0
-    except (ValueError, OSError, ImportError) as error:
+    except (TrainingEndedError, ValueError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
+        if isinstance(error, TrainingEndedError):
+            print(f"hf-aegis {argv[0]}: {error}", file=sys.stderr)
+            return 1
         # Messages of YAML and of the Hub span lines.
         print(f"hf-aegis {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

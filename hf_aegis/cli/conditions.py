@@ -1,6 +1,7 @@
 """The conditions of a comparison: what they share and what sets them apart, merged and checked before any runs."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,7 +188,7 @@ def train_hints() -> dict[str, Any]:
 
 def _check_anchor(anchor: str | None, anchors: Mapping[str, Any], place: str) -> None:
     """A Hub id has a slash; a name without one is a folder, or misspelt."""
-    if anchor is not None and anchor not in anchors and "/" not in anchor and not Path(anchor).is_dir():
+    if anchor is not None and anchor not in anchors and "/" not in anchor and not os.path.isdir(anchor):
         raise ValueError(
             f"{place}: key 'anchor' is {anchor!r}, expected one of the anchors {sorted(anchors)}, a folder or a Hub id"
         )

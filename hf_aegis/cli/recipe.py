@@ -118,7 +118,11 @@ def read_recipe(path: Path, hints: Mapping[str, Any], extending: tuple[Path, ...
         raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, which extends this recipe in turn")
     if len(extending) == _MOST_EXTENDED:
         raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, the {_MOST_EXTENDED}th recipe over one another")
-    return merged(read_recipe(base, hints, extending), check_values(values, hints, str(path)))
+    try:
+        extended = read_recipe(base, hints, extending)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{path}: key {EXTENDS!r}: {error}") from error
+    return merged(extended, check_values(values, hints, str(path)))
 
 
 def recipe_beside(path: Path, text: str, place: str) -> Path:

@@ -14,6 +14,7 @@ _EXPORTS = {
     "DataLoadingError": "hf_aegis.training.loading_errors",
     "ModelNotSavedError": "hf_aegis.training.checkpoint_writing",
     "NonFiniteTrainingError": "hf_aegis.training.non_finite_guard",
+    "TrainingEndedError": "hf_aegis.training.training_ended",
     "TrainingOutOfMemoryError": "hf_aegis.training.out_of_memory",
     "ExpertEMA": "hf_aegis.training.expert_ema",
     "last_complete_checkpoint": "hf_aegis.training.checkpoints",

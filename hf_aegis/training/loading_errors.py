@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import TrainingArguments
 
 from hf_aegis.training.checkpoints import how_to_go_on
+from hf_aegis.training.training_ended import TrainingEndedError
 
 
 # What PyTorch says, of a process that died and of one that raised an error.
@@ -14,7 +15,7 @@ _DIED = re.compile(r"DataLoader worker \(pid(\(s\))? .*(killed by signal|exited 
 _RAISED = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", re.MULTILINE)
 
 
-class DataLoadingError(RuntimeError):
+class DataLoadingError(TrainingEndedError, RuntimeError):
     """A process that loads data has died; the message says what may have ended it, and how the training goes on."""
 
 

@@ -11,9 +11,10 @@ from hf_aegis.gradients import as_whole, local_part
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.checkpoints import how_to_go_on
 from hf_aegis.training.resumable import ResumableCallback
+from hf_aegis.training.training_ended import TrainingEndedError
 
 
-class NonFiniteTrainingError(ArithmeticError):
+class NonFiniteTrainingError(TrainingEndedError, ArithmeticError):
     """A training was ended after many steps in a row without finite gradients; the message says what may be wrong."""
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_aegis.training.training_ended import TrainingEndedError
+
 
 if TYPE_CHECKING:
     from hf_aegis.training.aegis_trainer import AEGISTrainer
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 _ON_HOST = ("can't allocate memory", "not enough memory")
 
 
-class TrainingOutOfMemoryError(torch.OutOfMemoryError):
+class TrainingOutOfMemoryError(TrainingEndedError, torch.OutOfMemoryError):
     """Training ran out of memory; the message says which options would lower its peak, and by how much."""
 
 

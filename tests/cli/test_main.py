@@ -9,6 +9,7 @@ import pytest
 
 from hf_aegis.cli import COMMANDS, TRACEBACK_VARIABLE, eval_vqa, main
 from hf_aegis.cli.parent_process import PARENT_VARIABLE
+from hf_aegis.training import TrainingEndedError
 
 
 HEAVY = ("torch", "transformers", "numpy", "h5py", "datasets", "matplotlib")
@@ -115,6 +116,15 @@ def test_an_error_of_a_command_is_one_line(capsys, monkeypatch, error):
 
     monkeypatch.setattr(eval_vqa, "run", fail)
     assert run(capsys, "eval-vqa") == (2, "", ["hf-aegis eval-vqa: error: first line second line"])
+
+
+def test_the_end_of_a_training_is_told_without_a_traceback(capsys, monkeypatch):
+    def fail(arguments):
+        raise TrainingEndedError("out of memory\n  what helps: a smaller batch")
+
+    monkeypatch.setattr(eval_vqa, "run", fail)
+    lines = ["hf-aegis eval-vqa: out of memory", "  what helps: a smaller batch"]
+    assert run(capsys, "eval-vqa") == (1, "", lines)
 
 
 @pytest.mark.parametrize(("asked", "shown"), [("1", True), ("0", False), ("", False)])

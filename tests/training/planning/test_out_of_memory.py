@@ -1,5 +1,10 @@
 """What a training says when it runs out of memory."""
 
+import json
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -79,3 +84,34 @@ def test_other_errors_stay_what_they_are(make_language_model, make_anchor, token
     trainer.optimizer.step = failing("something else", RuntimeError)
     with pytest.raises(RuntimeError, match=r"^something else$"):
         trainer.train()
+
+
+# As much as a machine has left for a training: less than one step takes.
+SHORT_OF_MEMORY = """
+    import resource, sys
+    import hf_aegis.training.run
+    from hf_aegis.cli import main
+
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (3 << 30),) * 2)
+    sys.exit(main(["train", "--config", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
+def test_a_command_that_runs_out_of_memory_tells_what_would_help(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    values = {"output_dir": str(tmp_path / "run"), "preserve": "none", "max_steps": 1, "use_cpu": True}
+    values |= {"per_device_train_batch_size": 1024, "chunk_size": 4, "vqa_samples": 0, "vqa_final_samples": 0}
+    values |= {"expert": {"expert_hidden_size": 64, "expert_num_layers": 1, "expert_intermediate_size": 64}}
+    # JSON is YAML.
+    recipe.write_text(json.dumps(values))
+    command = [sys.executable, "-c", textwrap.dedent(SHORT_OF_MEMORY), str(recipe)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert ended.returncode == 1, ended.stderr
+    said = ended.stderr[ended.stderr.index("hf-aegis train: ") :]
+    assert "can't allocate memory" in said
+    assert "By the planner's estimate a step takes" in said
+    assert "per_device_train_batch_size: 512, gradient_accumulation_steps: 2: " in said
+    assert "Traceback" not in ended.stderr
