@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_aegis.anchors import ActivationAnchor
 from hf_aegis.assets import EMBEDDED_VLM
@@ -55,7 +55,10 @@ _PACKAGES = ("hf-aegis", "torch", "transformers", "accelerate", "peft", "dataset
 
 
 def run_training(
-    run: RunArguments, args: AEGISConfig, illustrate: Callable[[Path], Any] | None = None
+    run: RunArguments,
+    args: AEGISConfig,
+    illustrate: Callable[[Path], Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """
     Trains and evaluates; continues an interrupted run from its last whole checkpoint, or, where there is none, from
@@ -70,6 +73,7 @@ def run_training(
         run ([`RunArguments`]): What is trained on what.
         args ([`AEGISConfig`]): How.
         illustrate (`Callable`, *optional*): Given the output folder of a run that will be pushed, puts figures there.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): The trainer's, besides its own.
 
     Returns:
         `dict`: On the final questions, if there are any, `vqa_cross_entropy` and `vqa_accuracy` with their 95 %
@@ -92,7 +96,7 @@ def run_training(
     folder = Path(args.output_dir)
     main = args.process_index == 0
     with locked_folder(folder) if main else contextlib.nullcontext():
-        result = _run_in(folder, run, args)
+        result = _run_in(folder, run, args, callbacks)
         if args.push_to_hub and main:
             if illustrate is not None:
                 illustrate(folder)
@@ -109,7 +113,9 @@ def run_training(
         return result
 
 
-def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any]:
+def _run_in(
+    folder: Path, run: RunArguments, args: AEGISConfig, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any]:
     run.check()
     if run.gse is not None and args.holds_subspaces:
         raise ValueError(f'preserve="{args.preserve}" holds LoRA\'s adapters alone: it cannot be combined with gse')
@@ -172,7 +178,7 @@ def _run_in(folder: Path, run: RunArguments, args: AEGISConfig) -> dict[str, Any
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[ResourceCallback()],
+        callbacks=[ResourceCallback(), *callbacks],
     )
     trainer.memory.note("load", peak_memory_mb())
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
