@@ -10,6 +10,7 @@ Runs anywhere without a download: the models that ship with the package are show
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,8 @@ POLICIES = [shown for shown in MODELS if shown.acts]
 EPISODES = held_out_episodes(demonstrations())
 EXAMPLES = json.loads((FOLDER / "examples" / "examples.json").read_text())
 HORIZON = 50
+# Of all events that run a model: one at a time, of whichever kind. Gradio's own limit is for each event.
+IN_LINE = {"concurrency_id": "model", "concurrency_limit": 1}
 MAX_SEED = 2**31 - 1
 
 INTRODUCTION = """
@@ -134,10 +137,13 @@ def act(index: int, step: float, instruction: str, policies: list[str], seed: fl
     return scene(episode, observation, predictions), time_curves(observation, predictions)
 
 
-@functools.cache
+# Never released: whoever comes next finds the models warm, or hears what is wrong with them when they ask.
+_first_visit = threading.Lock()
+
+
 def warm_up() -> None:
     """Loads the embedded models when the first visitor comes, and has them answer once; what is larger waits."""
-    if all(shown.embedded for shown in MODELS):
+    if _first_visit.acquire(blocking=False) and all(shown.embedded for shown in MODELS):
         answer_example(0)
 
 
@@ -165,7 +171,7 @@ def build() -> gr.Blocks:
         with gr.Tab("Act", id="act"):
             _act_tab()
         page.load(functools.partial(learning_page, MODELS), None, curves, api_visibility="private")
-        page.load(warm_up, queue=False, show_progress="hidden", api_visibility="private")
+        page.load(warm_up, show_progress="hidden", api_visibility="private", **IN_LINE)
     page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
     return page
 
@@ -210,10 +216,14 @@ def _ask_tab() -> None:
                 elem_classes="example",
             )
             choice.click(
-                functools.partial(answer_example, index), None, [image, question, answers], api_visibility="private"
+                functools.partial(answer_example, index),
+                None,
+                [image, question, answers],
+                api_visibility="private",
+                **IN_LINE,
             )
-    button.click(answer, [image, question], answers, api_name="ask")
-    question.submit(answer, [image, question], answers, api_visibility="private")
+    button.click(answer, [image, question], answers, api_name="ask", **IN_LINE)
+    question.submit(answer, [image, question], answers, api_visibility="private", **IN_LINE)
 
 
 def _act_tab() -> None:
@@ -251,7 +261,7 @@ def _act_tab() -> None:
     curves = gr.HTML(elem_id="curves")
     episode.change(choose_episode, episode, [step, instruction, view, curves], api_visibility="private")
     step.release(look, [episode, step], [view, curves], api_visibility="private")
-    button.click(act, [episode, step, instruction, policies, seed], [view, curves], api_name="act")
+    button.click(act, [episode, step, instruction, policies, seed], [view, curves], api_name="act", **IN_LINE)
 
 
 demo = build()

@@ -1,6 +1,7 @@
 """Licences of what is installed, and an audit that does not call itself done where it was not."""
 
 import importlib.util
+import re
 from email.message import Message
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def test_every_locked_package_is_under_a_licence_that_is_allowed(audit):
     assert {"torch", "transformers", "gradio", "huggingface-hub", "websockets"} <= names
     assert len(names & {audit.normalised(package.metadata["Name"]) for package in installed}) > 100
     assert list(audit.refused(installed, names)) == []
+
+
+def test_every_locked_package_is_pinned_by_hash():
+    blocks = re.split(r"\n(?=[a-z0-9])", (ROOT / "requirements.lock").read_text())
+    pinned = [block for block in blocks if re.match(r"[\w.\[\],-]+==", block)]
+    assert len(pinned) > 100
+    assert [block.partition(" ")[0] for block in pinned if "--hash=sha256:" not in block] == []
 
 
 def test_no_exception_outlives_its_package(audit):

@@ -1,6 +1,7 @@
 """JSON that Python's parser takes and a file of this package never has is refused by name."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def test_what_is_no_json_is_refused_by_name(text: str | bytes, reason: str) -> N
         parse_json(text, "file.json")
     assert type(caught.value) is ValueError
     assert len(str(caught.value)) < 400
+
+
+def test_a_key_that_stands_there_twice_among_very_many_is_found_in_one_pass() -> None:
+    keys = [*range(10**5), 99_999]
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"the key 'k99999' stands there twice"):
+        parse_json("{" + ",".join(f'"k{key}":0' for key in keys) + "}", "file.json")
+    # Every key against every other took minutes.
+    assert time.process_time() - start < 5
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ def _from_stream(
         raise ValueError(f"{source}: the columns of the stream are not known before it is read; do without streaming.")
     found = VQAColumns.find(list(stream.features), columns, source)
     _check_images(stream.features, found, source)
-    stream = stream.cast_column(found.image, datasets.Image(decode=False))
+    # Casting the column alone would leave the threads at work that datasets decodes folders of images in.
+    stream = stream.decode(False)
     if seed is not None:
         # A larger buffer would download and hold that many more images before the first.
         stream = stream.shuffle(seed=seed, buffer_size=max_samples)

@@ -45,7 +45,9 @@ def find_control_token(text: str, tokens: Iterable[str] = CONTROL_TOKENS, places
     Args:
         text (`str`): A question or an instruction.
         tokens (`Iterable[str]`, *optional*): Tokens to look for; by default those of Gemma's tokenizers.
-        places (`bool`, *optional*, defaults to `True`): Whether to look for `<loc0000>` and `<seg000>`, too.
+        places (`bool`, *optional*, defaults to `True`):
+            Whether to look for `<loc0000>` and `<seg000>`, too, as the page for visitors does. To processors they are
+            words like others.
 
     Returns:
         `str`: One of them, or `None`.

@@ -223,8 +223,9 @@ class PaliGemmaFlowProcessor(PaliGemmaProcessor):
         Raises:
             ValueError: numbers of samples, cameras or dimensions do not fit, an image is empty or not RGB
                 uint8, or an instruction is empty, no text, longer than 1000 characters, or holds a token of the
-                model's own (`<image>`, `<eos>`, `<loc0000>`, an action token); with `action_tokens`,
-                there is no FAST tokenizer, there are no actions, or a `suffix` or padding is asked for as well.
+                model's own (`<image>`, `<eos>`, or a word that stands for an action of the FAST tokenizer); with
+                `action_tokens`, there is no FAST tokenizer, there are no actions, or a `suffix` or padding is asked
+                for as well.
         """
         if action_tokens:
             self._check_action_tokens(actions, suffix, kwargs)

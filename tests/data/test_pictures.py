@@ -5,13 +5,11 @@ import struct
 import zlib
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from hf_aegis.data import load_vqa
-from hf_aegis.data.dataset_pictures import DatasetPictures
-from hf_aegis.data.pictures import MAX_PIXELS, PictureError, TooManyPixelsError, read_picture
+from hf_aegis.data.pictures import MAX_BYTES, MAX_PIXELS, PictureError, TooManyPixelsError, read_picture
 
 
 def encoded(image, name, **options):
@@ -38,6 +36,16 @@ def bmp(width, height):
 def gif(width, height):
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x08\0"
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + frame + b"\x3b"
+
+
+def webp(kind, data):
+    chunk = kind + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+def sides(width, height):
+    """As WebP has them: less one, in three bytes each."""
+    return struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
 
 
 SMALL = Image.fromarray(np.arange(7 * 5 * 3, dtype=np.uint8).reshape(5, 7, 3))
@@ -76,11 +84,22 @@ def test_damaged_exif_does_not_matter(exif):
 
 @pytest.mark.parametrize(
     "data",
-    [png(60_000, 60_000), png(2**31 - 1, 2**31 - 1), bmp(60_000, 60_000), gif(65_535, 65_535), png(8001, 8000)],
-    ids=["png", "largest png", "bmp", "gif", "just too large"],
+    [
+        png(60_000, 60_000),
+        png(2**31 - 1, 2**31 - 1),
+        bmp(60_000, 60_000),
+        gif(65_535, 65_535),
+        webp(b"VP8X", b"\x12\0\0\0" + sides(65_536, 65_535)),
+        webp(b"VP8L", b"\x2f" + struct.pack("<I", 16_382 | 16_382 << 14)),
+        webp(b"VP8 ", bytes(3) + b"\x9d\x01\x2a" + struct.pack("<HH", 16_383, 16_383)),
+        png(8001, 8000),
+    ],
+    ids=["png", "largest png", "bmp", "gif", "webp", "lossless webp", "lossy webp", "just too large"],
 )
 def test_a_small_file_that_would_become_a_huge_picture_is_refused_undecoded(data, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    # It takes memory for the whole picture when it is set up.
+    monkeypatch.setattr("PIL._webp.WebPAnimDecoder", lambda *_: pytest.fail("a decoder was set up"))
     assert len(data) < 100
     with pytest.raises(TooManyPixelsError, match=r"the picture has .* pixels, expected at most 64 million"):
         read_picture(io.BytesIO(data))
@@ -95,6 +114,7 @@ def test_a_small_file_that_would_become_a_huge_picture_is_refused_undecoded(data
         # What Pillow has Ghostscript run.
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n",
         encoded(SMALL, "TIFF"),
+        b"\0\0\0\x1cftypavif" + bytes(16),
         encoded(SMALL, "PNG")[:-30],
         encoded(SMALL, "JPEG")[:200],
         encoded(SMALL, "WEBP")[:-9],
@@ -118,73 +138,29 @@ def test_a_compressed_comment_that_grows_is_refused():
         read_picture(io.BytesIO(whole[:33] + chunk + whole[33:]))
 
 
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_picture_may_have_as_many_pixels_as_are_allowed_and_no_more(name):
+    for options in [{}, {"lossless": True}, {"exif": b"Exif\0\0"}] if name == "WEBP" else [{}]:
+        data = encoded(SMALL, name, **options)
+        assert read_picture(io.BytesIO(data), max_pixels=35).size == (7, 5)
+        with pytest.raises(TooManyPixelsError, match="has 7 x 5 pixels"):
+            read_picture(io.BytesIO(data), max_pixels=34)
+
+
+def test_a_file_without_end_is_refused_unread(tmp_path):
+    with (tmp_path / "large.png").open("wb") as file:
+        file.write(png(7, 5))
+        file.truncate(MAX_BYTES + 1)
+        with pytest.raises(PictureError, match=rf"file has {MAX_BYTES + 1} bytes, expected at most {MAX_BYTES}"):
+            read_picture(tmp_path / "large.png")
+
+
 def test_pictures_of_a_folder_are_bounded(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000))
     (tmp_path / "test.jsonl").write_text('{"image": "bomb.png", "question": "is it?", "answer": "yes"}\n')
     samples = load_vqa(str(tmp_path))
     with pytest.raises(ValueError, match=r"test.jsonl, line 1: the image cannot be read: the picture has"):
         samples[0]
-
-
-def test_rows_of_a_data_set_name_no_files_elsewhere(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    source, secret = tmp_path / "set", tmp_path / "secret.png"
-    for path in (source / "own.png", secret):
-        path.parent.mkdir(exist_ok=True)
-        SMALL.save(path)
-    paths = [
-        str(source / "own.png"),
-        str(secret),
-        f"{source}/../secret.png",
-        "/etc/passwd",
-        "http://127.0.0.1:1/a.png",
-    ]
-    paths += ["hf://datasets/somebody/else@main/a.png", "zip://a.png::hf://datasets/somebody/else@main/a.zip"]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(decode=False),
-            "question": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-        }
-    )
-    rows = [{"image": {"path": path, "bytes": None}, "question": "what?", "answer": "a"} for path in paths]
-    rows += [{"image": None, "question": "what?", "answer": "a"}]
-    rows += [{"image": {"path": None, "bytes": png(60_000, 60_000)}, "question": "what?", "answer": "a"}]
-    # Written by datasets itself, the files would be put in.
-    pyarrow.parquet.write_table(
-        datasets.Dataset.from_list(rows, features=features).data.table, source / "train.parquet"
-    )
-    whole = load_vqa(str(source))
-    streamed = load_vqa(str(source), streaming=True, max_samples=len(rows))
-    for samples in (whole, streamed):
-        assert samples[0].image.size == (7, 5)
-        for index in range(1, len(paths)):
-            with pytest.raises(ValueError, match=rf"/train/{index}.* which is outside of the data set"):
-                samples[index]
-        with pytest.raises(ValueError, match="the row holds no image"):
-            samples[len(paths)]
-        with pytest.raises(ValueError, match=r"the picture has .* expected at most 64 million"):
-            samples[len(paths) + 1]
-
-
-def test_addresses_of_a_stream_lead_into_its_own_repository(monkeypatch):
-    fetched = []
-
-    def xopen(address, mode):
-        fetched.append(address)
-        return io.BytesIO(encoded(SMALL, "PNG"))
-
-    monkeypatch.setattr("datasets.utils.file_utils.xopen", xopen)
-    pictures = DatasetPictures("org/name")
-    own = ["hf://datasets/org/name@0123/a.png", "zip://a.png::hf://datasets/org/name@0123/a.zip"]
-    for address in own:
-        assert pictures.open({"path": address, "bytes": None}).size == (7, 5)
-    for address in ("hf://datasets/org/name2@0123/a.png", "hf://datasets/org/name@1/a.png::https://example.com/a.zip"):
-        with pytest.raises(ValueError, match="outside of the data set"):
-            pictures.open({"path": address, "bytes": None})
-    assert fetched == own
 
 
 def test_the_most_pixels_are_more_than_a_camera_s():

@@ -178,7 +178,7 @@ def test_every_promise_of_the_security_page_names_tests_that_exist():
 def test_the_limits_of_the_security_page_are_those_of_the_code():
     import settings
 
-    from hf_aegis.data.pictures import MAX_PIXELS
+    from hf_aegis.data.pictures import MAX_BYTES, MAX_PIXELS
     from hf_aegis.functional.prompt_text import MAX_PROMPT_LENGTH
     from hf_aegis.serving import clients, messages, places, server
 
@@ -191,7 +191,8 @@ def test_the_limits_of_the_security_page_are_those_of_the_code():
         f"{messages.MAX_VALUES:,}, of a list or map {messages.MAX_LENGTH}",
         f"{clients.MAX_IMAGE_SIDE} pixels a side",
         f"{MAX_PROMPT_LENGTH} characters; on the page {settings.MAX_TEXT_LENGTH}",
-        f"{MAX_PIXELS / 1e6:.0f} million pixels; on the page {settings.MAX_IMAGE_PIXELS / 1e6:.0f} million",
+        f"{MAX_PIXELS / 1e6:.0f} million pixels and {MAX_BYTES / 1e6:.0f} MB; on the page ",
+        f"on the page {settings.MAX_IMAGE_PIXELS / 1e6:.0f} million",
         f"{settings.MAX_IMAGE_BYTES // 2**20} MiB (gradio",
         f"| {settings.MAX_WAITING}; 1 |",
     ):

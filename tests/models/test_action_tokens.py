@@ -84,6 +84,7 @@ def test_prompts_with_an_action_token_are_refused(fast_processor, processor, ima
     below = fast_processor.prepare_action_inputs(images, [TEXT[0], "pick <loc0923> up", TEXT[2]], state=state)
     assert "<loc0923>" in fast_processor.tokenizer.convert_ids_to_tokens(below["input_ids"][1].tolist())
     processor.prepare_action_inputs(images, texts, state=state)
+    processor.prepare_action_inputs(images, ["pick <loc0001> up", *texts[1:]], state=state)
 
 
 class _Sized(FASTTokenizer):

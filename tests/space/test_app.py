@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import json
+import threading
 
 import pytest
 from PIL import Image
@@ -82,13 +84,47 @@ def test_a_policy_that_was_trained_on_something_else_is_told_of(app, warned, mon
 
 
 def test_only_the_first_visitor_warms_the_models_up(app, monkeypatch):
+    """Though several come at once, and though it fails."""
     asked = []
-    monkeypatch.setattr(app, "answer_example", asked.append)
-    app.warm_up.cache_clear()
-    for _ in range(3):
-        app.warm_up()
-    app.warm_up.cache_clear()
+    all_there = threading.Barrier(5)
+
+    def fail(index):
+        asked.append(index)
+        raise app.gr.Error("none of the models can do this", print_exception=False)
+
+    def visit():
+        all_there.wait(10)
+        with contextlib.suppress(app.gr.Error):
+            app.warm_up()
+
+    monkeypatch.setattr(app, "answer_example", fail)
+    monkeypatch.setattr(app, "_first_visit", threading.Lock())
+    visitors = [threading.Thread(target=visit) for _ in range(5)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(10)
+    app.warm_up()
     assert asked == [0]
+
+
+def test_whatever_runs_a_model_stands_in_one_line(app):
+    found = {}
+    for event in app.demo.fns.values():
+        function = getattr(event.fn, "func", event.fn)
+        in_line = event.queue is not False and event.concurrency_limit == 1 and event.concurrency_id == "model"
+        found.setdefault(function.__name__, set()).add(in_line)
+    assert {name for name, in_line in found.items() if in_line == {True}} == {
+        "answer",
+        "answer_example",
+        "act",
+        "warm_up",
+    }
+    assert {name for name, in_line in found.items() if in_line == {False}} == {
+        "choose_episode",
+        "look",
+        "learning_page",
+    }
 
 
 @pytest.mark.parametrize(

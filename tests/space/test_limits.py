@@ -1,6 +1,7 @@
 """The page over real sockets, asked by programs that mean no good; started as `python space/app.py` starts it."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -136,6 +137,38 @@ def test_visitors_beyond_the_line_are_sent_away(app, page, monkeypatch):
         if event is not None:
             with urllib.request.urlopen(f"{page}/gradio_api/call/ask/{event}", timeout=60) as answer:
                 assert b"done" in answer.read()
+
+
+def test_a_question_waits_while_an_example_is_answered(app, page, monkeypatch):
+    entered, release, asked = threading.Event(), threading.Event(), threading.Event()
+    events = app.demo.fns
+    example = next(index for index, each in events.items() if getattr(each.fn, "func", None) is app.answer_example)
+
+    def slowly(*arguments):
+        entered.set()
+        assert release.wait(30)
+        return None, "", "done"
+
+    def answer(*arguments):
+        asked.set()
+        return "done"
+
+    monkeypatch.setattr(events[example], "fn", slowly)
+    monkeypatch.setattr(next(each for each in events.values() if each.api_name == "ask"), "fn", answer)
+    join = {"data": [], "fn_index": example, "session_hash": "visitor"}
+    request = urllib.request.Request(
+        f"{page}/gradio_api/queue/join", json.dumps(join).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            assert entered.wait(30)
+            told = pool.submit(call, page, "ask", None, "what?")
+            assert not asked.wait(0.5)
+        finally:
+            release.set()
+        assert told.result(60) == ("complete", '["done"]')
 
 
 def test_traffic_is_not_shown_to_visitors(page):

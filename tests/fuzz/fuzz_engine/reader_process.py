@@ -114,6 +114,8 @@ class ReaderProcess:
             self._process.start()
         theirs.close()
         self._connection = own
+        # A loaded machine may take long to start it; inputs are timed from here on.
+        own.recv()
 
 
 class Lines:
@@ -173,6 +175,7 @@ def _serve(
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    connection.send("ready")
     while True:
         try:
             data = connection.recv_bytes()
