@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -56,6 +57,16 @@ def is_finished(checkpoint: Path) -> bool:
         read_json_object(checkpoint / TRAINER_STATE_NAME, finite=False)
     except (OSError, ValueError):
         return False
+    return True
+
+
+def has_finite_weights(checkpoint: Path) -> bool:
+    """Whether all tensors in a checkpoint's safetensors are finite. Reads them, one at a time."""
+    for path in checkpoint.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if not all(torch.isfinite(file.get_tensor(name)).all() for name in names):
+                return False
     return True
 
 

@@ -279,7 +279,7 @@ def test_non_finite_gradients_never_reach_a_parameter(make_language_model, make_
     assert trainer.state.log_history[-2]["skipped_steps"] == 1
 
 
-@pytest.mark.parametrize("where", ["loss", "layer"])
+@pytest.mark.parametrize("where", ["loss", "loss alone", "layer"])
 @pytest.mark.parametrize("preserve", ["projection", "none"])
 def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
     make_language_model, make_anchor, make_args, token_dataset, preserve, where
@@ -302,6 +302,8 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
             return loss
         if where == "loss":
             return loss * math.nan
+        if where == "loss alone":
+            return loss + math.inf
         # Infinite slope at zero: the loss is finite, and only this gradient is not.
         return loss + (model.model.layers[1].mlp.up_proj.weight * 0).abs().sqrt().sum()
 
@@ -360,9 +362,8 @@ def test_a_failed_training_leaves_no_figures_to_the_next(
 
 def test_a_step_without_gradients_is_counted():
     guard = NonFiniteGuard()
-    guard.on_pre_optimizer_step(
-        SimpleNamespace(fp16=False, max_skipped_steps=20), None, None, model=torch.nn.Linear(1, 1)
-    )
+    args = SimpleNamespace(fp16=False, max_skipped_steps=20, world_size=1, device="cpu")
+    guard.on_pre_optimizer_step(args, None, None, model=torch.nn.Linear(1, 1))
     assert guard.skipped_steps == 1
 
 
