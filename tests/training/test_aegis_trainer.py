@@ -292,7 +292,8 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
             self.weights.append(weights(model))
 
     model = make_language_model()
-    args = make_args(max_steps=4, preserve=preserve, weight_decay=0.1)
+    expert = {"expert_modules": ["model.layers.2.mlp"], "expert_ema_decay": 0.5}
+    args = make_args(max_steps=4, preserve=preserve, weight_decay=0.1, **expert)
     trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset, callbacks=[watch := Watch()])
     compute_loss = trainer.compute_loss
 
@@ -312,6 +313,9 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
     after = [*watch.weights[1:], weights(model)]
     assert [bool(differing(a, b)) for a, b in zip(watch.weights, after, strict=True)] == [True, False, True, True]
     assert trainer.non_finite_guard.skipped_steps == 1
+    # The average takes in nothing, the schedule goes on.
+    assert trainer.ema.step == 3
+    assert trainer.lr_scheduler.last_epoch == 4
     assert all(torch.isfinite(value).all() for value in after[-1].values())
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.training import (
@@ -25,6 +25,7 @@ from hf_aegis.training import (
 )
 from hf_aegis.training.checkpoint_faults import find_fault
 from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 
 
 SAVING = {"preserve": "none", "save_strategy": "steps", "save_steps": 2}
@@ -148,12 +149,54 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_trainer, tm
 
 def test_a_checkpoint_in_parts_needs_all_of_them(tmp_path, make_language_model):
     make_language_model().save_pretrained(tmp_path, max_shard_size="40KB")
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
     assert find_fault(tmp_path) is None
     part = sorted(tmp_path.glob("model-*.safetensors"))[1]
     part.unlink()
     assert find_fault(tmp_path) == f"{part} is missing, which model.safetensors.index.json names"
     assert find_fault(tmp_path / "other") == f"there is no folder {tmp_path / 'other'}"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "[" * 100_000, r"config\.json \(100000 bytes\) cannot be read: .*nested too deeply"),
+        ("config.json", "[]", "holds no JSON object"),
+        (INDEX, "{}", r"index\.json: key 'weight_map' is missing"),
+        (INDEX, "[]", r"index\.json: expected a JSON object"),
+        (INDEX, '{"weight_map": {"a": ["b"], "c": 1}}', r"weight_map\['a'\] is \['b'\], expected the name of a file"),
+        (
+            INDEX,
+            '{"weight_map": {"a": "../../../../etc/hostname"}}',
+            "is '../../../../etc/hostname', expected",
+        ),
+        ("trainer_state.json", '{"global_step": "2"}', "key 'global_step' is '2', expected int"),
+        ("trainer_state.json", '{"global_step": -2}', "key 'global_step' is -2, expected a count"),
+        ("trainer_state.json", '{"global_step": 2, "total_flos": null}', "key 'total_flos' is None, expected a count"),
+        ("trainer_state.json", '{"global_step": 2, "log_history": [1]}', "key 'log_history' holds something else"),
+        ("trainer_state.json", '{"global_step": 2, "other": 1}', "the Trainer knows no key 'other'"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_looked_at(tmp_path, name, content, says):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    assert find_fault(tmp_path) is None
+    (tmp_path / name).write_text(content)
+    fault = find_fault(tmp_path)
+    assert fault.startswith(str(tmp_path / name))
+    assert re.search(says, fault)
+
+
+@pytest.mark.parametrize("value", ["many", None, -3, 2.5, True])
+def test_what_a_callback_kept_is_looked_at(value):
+    guard = NonFiniteGuard()
+    kept = {"NonFiniteGuard": {"attributes": {"skipped_steps": value}}}
+    with pytest.raises(ValueError, match=r"^trainer_state\.json of .* step 2, NonFiniteGuard: key 'skipped_steps' is"):
+        guard.on_train_begin(None, TrainerState(global_step=2, stateful_callbacks=kept), None)
+    assert guard.skipped_steps == 0
 
 
 @pytest.mark.parametrize("preserve", ["none", "projection", "both"])
@@ -200,14 +243,12 @@ def test_a_checkpoint_with_broken_weights_takes_the_place_of_none(make_trainer, 
     out = tmp_path / "out"
     options = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2}
 
-    def end(step, says, **changes):
-        trainer = make_trainer(**options, **changes)
-        trainer.add_callback(Between(step, lambda: break_weight(trainer)))
-        with pytest.raises(NonFiniteTrainingError, match=BROKEN.format(step) + says):
-            trainer.train(resume_from_checkpoint=True)
-
-    # Broken before a step, which then is the first to be skipped; that is never saved.
-    end(2, rf"The last whole checkpoint is {out}/checkpoint-2: started again, the training goes on")
+    # Broken before a step, which is the first to be skipped, and is not saved.
+    trainer = make_trainer(**options)
+    trainer.add_callback(Between(2, lambda: break_weight(trainer)))
+    says = rf"The last whole checkpoint is {out}/checkpoint-2: started again, the training goes on"
+    with pytest.raises(NonFiniteTrainingError, match=BROKEN.format(2) + says):
+        trainer.train()
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     # Broken by a step, whose checkpoint would be the next thing.
     trainer = make_trainer(**options)
