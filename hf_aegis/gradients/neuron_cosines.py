@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_aegis.json_files import require_keys
+
 
 class NeuronCosines:
     r"""
@@ -63,9 +65,11 @@ class NeuronCosines:
         Goes on from the counts of an earlier `to_dict()`; those so far are forgotten.
 
         Raises:
-            ValueError: If they have another number of bins; the group is named.
+            ValueError: If they are no counts, or have another number of bins; the group is named.
         """
-        for group, counts in state["counts"].items():
+        for group, counts in require_keys(state, {"counts": dict}, "cosines of neurons")["counts"].items():
+            if not isinstance(counts, list) or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+                raise ValueError(f"counts of {group!r} are {counts!r:.80}, expected a list of counts")
             if len(counts) != self.bins:
                 raise ValueError(f"counts of {group!r} have {len(counts)} bins, expected {self.bins}")
         self._counts = {group: torch.tensor(counts) for group, counts in state["counts"].items()}

@@ -130,9 +130,10 @@ class AEGISConfig(TrainingArguments):
         vqa_accuracy (`bool`, *optional*, defaults to `True`):
             Generate answers in these evaluations, besides the teacher-forced cross-entropy.
         max_skipped_steps (`int`, *optional*, defaults to `20`):
-            Steps in a row whose gradients are not finite, and which are dropped therefore, before the training ends
-            with an error that says what may be wrong. Zero never ends it. In `fp16` the gradient scaler's search for
-            its scale takes up to 16 at the start.
+            Steps in a row whose loss or gradients are not finite, and which are dropped therefore, before the training
+            ends with an error that says what may be wrong. Zero never ends it while the weights are finite; where they
+            are not, it ends at once. The schedule of learning rates goes on over dropped steps. In `fp16` the gradient
+            scaler's search for its scale takes up to 16 at the start.
 
     Raises:
         ValueError: If a value is unknown or out of range, or has no effect; the message names the field.

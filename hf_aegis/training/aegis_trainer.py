@@ -223,7 +223,7 @@ class AEGISTrainer(ResumableTrainer):
         self.ema: ExpertEMA | None = None
         if self._expert and args.expert_ema_decay > 0:
             self.ema = ExpertEMA(self._expert, args.expert_ema_decay)
-            self.add_callback(ExpertEMACallback(self.ema))
+            self.add_callback(ExpertEMACallback(self.ema, self.non_finite_guard))
         self.add_callback(PhaseMemoryCallback(self.memory))
         self.add_callback(MetricsCallback(args.output_dir))
         self.add_callback(LogAtSaves())
@@ -263,6 +263,7 @@ class AEGISTrainer(ResumableTrainer):
         self.memory.enter("forward")
         with self.preservation.micro_batch(number, 1 / accumulation, model):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.non_finite_guard.see_loss(loss)
         self.memory.enter("optimizer")
         if self.shield is not None and self._projection is not None:
             report = self.shield.report
@@ -454,6 +455,11 @@ class AEGISTrainer(ResumableTrainer):
         if "train_runtime" in logs:
             logs = {**logs, **self.memory.figures()}
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # With `save_total_limit` it would take the place of one that a training can go on from.
+        self.non_finite_guard.check_weights(self.args, self.state, self.model)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._follow_shards()

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_aegis.gradients import ProjectionReport
 from hf_aegis.training.expert_ema import ExpertEMA
 from hf_aegis.training.json_lines import METRICS_FILE, PROJECTION_FILE, JSONLines
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 
 
 if TYPE_CHECKING:
@@ -192,15 +193,17 @@ class VQACallback(TrainerCallback):
 
 
 class ExpertEMACallback(TrainerCallback):
-    """Updates the expert's average after each optimiser step."""
+    """Updates the expert's average after each optimiser step that was not dropped."""
 
-    def __init__(self, ema: ExpertEMA) -> None:
+    def __init__(self, ema: ExpertEMA, guard: NonFiniteGuard) -> None:
         self.ema = ema
+        self.guard = guard
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.ema.update()
+        if self.guard.skipped_in_a_row == 0:
+            self.ema.update()
 
 
 class LogAtSaves(TrainerCallback):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
-from hf_aegis.training.checkpoint_faults import find_fault, is_finished
+from hf_aegis.training.checkpoint_faults import find_fault, has_finite_weights, is_finished
 
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     Raises:
         ValueError: If there are checkpoints that were written to their end, and none of them can be read.
     """
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     damaged: list[str] = []
-    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    for folder in _newest_first(output_dir):
         fault = find_fault(folder)
         if fault is None:
             if damaged:
@@ -50,15 +49,33 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
-def how_to_go_on(output_dir: str | os.PathLike) -> str:
-    """For the end of an error: what is left of a training, and how it is continued."""
+def how_to_go_on(output_dir: str | os.PathLike, finite: bool = False) -> str:
+    """
+    For the end of an error: what is left of a training, and how it is continued. With `finite` the checkpoint that is
+    named is one with finite weights, which are read for that.
+    """
     try:
-        checkpoint = last_complete_checkpoint(output_dir)
+        newest = last_complete_checkpoint(output_dir)
     except ValueError as error:
         return str(error)
-    if checkpoint is None:
+    if newest is None:
         return f"There is no whole checkpoint in {output_dir}: started again, the training begins anew"
-    return f"The last whole checkpoint is {checkpoint}: started again, the training goes on from there"
+    if not finite or has_finite_weights(newest):
+        return f"The last whole checkpoint is {newest}: started again, the training goes on from there"
+    broken: list[str] = []
+    for folder in (whole for whole in _newest_first(output_dir) if find_fault(whole) is None):
+        if has_finite_weights(folder):
+            return (
+                f"The last checkpoint with finite weights is {folder}: delete {', '.join(broken)} beside it, and "
+                "started again, the training goes on from there"
+            )
+        broken.append(folder.name)
+    return f"No checkpoint in {output_dir} has finite weights: delete the folders named checkpoint-* to begin anew"
+
+
+def _newest_first(output_dir: str | os.PathLike) -> list[Path]:
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
 def refuse_other_kind(checkpoint: str | os.PathLike, sharded: bool) -> None:

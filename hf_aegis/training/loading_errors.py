@@ -12,7 +12,7 @@ from hf_aegis.training.training_ended import TrainingEndedError
 
 # What PyTorch says, of a process that died and of one that raised an error.
 _DIED = re.compile(r"DataLoader worker \(pid(\(s\))? .*(killed by signal|exited unexpectedly)")
-_RAISED = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", re.MULTILINE)
+_RAISED = re.compile(r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\nOriginal Traceback", re.MULTILINE)
 
 
 class DataLoadingError(TrainingEndedError, RuntimeError):
@@ -30,7 +30,7 @@ def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         text = str(error)
         if _DIED.match(text):
             raise DataLoadingError(
@@ -38,8 +38,11 @@ def explaining_loading_errors(args: TrainingArguments) -> Iterator[None]:
                 "The system kills one where memory is short, and a bus error ends one where shared memory is: set "
                 f"dataloader_num_workers lower. {how_to_go_on(str(args.output_dir))}"
             ) from error
-        # The last line of a traceback, which a message of several lines goes on from.
-        lines = list(re.finditer(rf"^[\w.]*{type(error).__name__}: ", text, re.MULTILINE))
-        if _RAISED.match(text) and lines:
-            raise type(error)(text[lines[-1].end() :].strip()) from error
+        if raised := _RAISED.match(text):
+            # The last line of a traceback, which a message of several lines goes on from.
+            lines = list(re.finditer(rf"^[\w.]*{raised['kind']}(: |\n*\Z)", text, re.MULTILINE))
+            if lines:
+                # NumPy's cannot be made of a text, so that PyTorch makes it another.
+                kind = MemoryError if raised["kind"] == MemoryError.__name__ else type(error)
+                raise kind(text[lines[-1].end() :].strip()) from error
         raise

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_aegis.atomic_files import write_text
 from hf_aegis.gradients import GradientShield, NeuronCosines
@@ -39,7 +40,11 @@ class NeuronCosineCallback(ResumableCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.cosines.load({"counts": {}} if self.histogram is None else self.histogram)
+        try:
+            self.cosines.load({"counts": {}} if self.histogram is None else self.histogram)
+        except ValueError as error:
+            where = f"{TRAINER_STATE_NAME} of the checkpoint of step {state.global_step}, {type(self).__name__}"
+            raise ValueError(f"{where}: key 'histogram': {error}") from error
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # What PyTorch's allocators of the host say.
 _ON_HOST = ("can't allocate memory", "not enough memory")
+# What helps in any case, where the planner cannot say by how much.
+_IN_GENERAL = "A smaller per_device_train_batch_size with more gradient_accumulation_steps, activation_checkpointing{}"
 
 
 class TrainingOutOfMemoryError(TrainingEndedError, torch.OutOfMemoryError):
@@ -22,7 +24,8 @@ class TrainingOutOfMemoryError(TrainingEndedError, torch.OutOfMemoryError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
+    # What Python and NumPy say is their `MemoryError`.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_HOST)
 
@@ -37,11 +40,13 @@ def advising(trainer: "AEGISTrainer") -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # The Trainer tries smaller batches by itself where it is asked to.
         if not is_out_of_memory(error) or trainer.args.auto_find_batch_size:
             raise
-        raise TrainingOutOfMemoryError(f"{error}\n{advice_for(trainer)}") from error
+        # Python's own has no text.
+        said = str(error) or type(error).__name__
+        raise TrainingOutOfMemoryError(f"{said}\n{advice_for(trainer)}") from error
 
 
 def advice_for(trainer: "AEGISTrainer") -> str:
@@ -52,12 +57,10 @@ def advice_for(trainer: "AEGISTrainer") -> str:
     from hf_aegis.training.planning.trainer_workload import TrainerWorkload
 
     if trainer.is_fsdp_enabled:
-        return (
-            "The planner does not know what a process takes under FSDP. A smaller per_device_train_batch_size with "
-            "more gradient_accumulation_steps, activation checkpointing, or more processes lower it."
-        )
+        general = _IN_GENERAL.format(", or more processes lower it.")
+        return f"The planner does not know what a process takes under FSDP. {general}"
     if trainer.last_inputs is None:
-        return "It was before the first step: the model and what is kept beside it do not fit."
+        return "It was before the first step: the model, what is kept beside it, and the first batch do not fit."
     device = "cuda" if trainer.args.device.type != "cpu" else "cpu"
     try:
         workload: Any = TrainerWorkload(trainer, trainer.last_inputs)
@@ -65,7 +68,8 @@ def advice_for(trainer: "AEGISTrainer") -> str:
         lines = advice_lines(advise(workload, plan, device, evaluates=False))
     except Exception as error:
         # What went wrong is the missing memory, and the planner must not hide it.
-        return f"The planner cannot say what would help with this model: {type(error).__name__}: {error}"
+        general = _IN_GENERAL.format(" or, on the host, a lower dataloader_num_workers take less.")
+        return f"The planner cannot say by how much what would help here: {type(error).__name__}: {error}\n{general}"
     most, phase = size(plan.peak.bytes), plan.peak.phase
     items = ", ".join(f"{name} {size(count)}" for name, count in plan.peak.items.items())
     return "\n".join([f"By the planner's estimate a step takes {most}, in the phase {phase!r}: {items}.", *lines])

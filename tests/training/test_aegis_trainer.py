@@ -279,7 +279,7 @@ def test_non_finite_gradients_never_reach_a_parameter(make_language_model, make_
     assert trainer.state.log_history[-2]["skipped_steps"] == 1
 
 
-@pytest.mark.parametrize("where", ["loss", "layer"])
+@pytest.mark.parametrize("where", ["loss", "loss alone", "layer"])
 @pytest.mark.parametrize("preserve", ["projection", "none"])
 def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
     make_language_model, make_anchor, make_args, token_dataset, preserve, where
@@ -292,7 +292,8 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
             self.weights.append(weights(model))
 
     model = make_language_model()
-    args = make_args(max_steps=4, preserve=preserve, weight_decay=0.1)
+    expert = {"expert_modules": ["model.layers.2.mlp"], "expert_ema_decay": 0.5}
+    args = make_args(max_steps=4, preserve=preserve, weight_decay=0.1, **expert)
     trainer = AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset, callbacks=[watch := Watch()])
     compute_loss = trainer.compute_loss
 
@@ -302,6 +303,8 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
             return loss
         if where == "loss":
             return loss * math.nan
+        if where == "loss alone":
+            return loss + math.inf
         # Infinite slope at zero: the loss is finite, and only this gradient is not.
         return loss + (model.model.layers[1].mlp.up_proj.weight * 0).abs().sqrt().sum()
 
@@ -310,6 +313,9 @@ def test_a_step_that_is_not_finite_is_dropped_as_a_whole(
     after = [*watch.weights[1:], weights(model)]
     assert [bool(differing(a, b)) for a, b in zip(watch.weights, after, strict=True)] == [True, False, True, True]
     assert trainer.non_finite_guard.skipped_steps == 1
+    # The average takes in nothing, the schedule goes on.
+    assert trainer.ema.step == 3
+    assert trainer.lr_scheduler.last_epoch == 4
     assert all(torch.isfinite(value).all() for value in after[-1].values())
 
 
@@ -360,9 +366,8 @@ def test_a_failed_training_leaves_no_figures_to_the_next(
 
 def test_a_step_without_gradients_is_counted():
     guard = NonFiniteGuard()
-    guard.on_pre_optimizer_step(
-        SimpleNamespace(fp16=False, max_skipped_steps=20), None, None, model=torch.nn.Linear(1, 1)
-    )
+    args = SimpleNamespace(fp16=False, max_skipped_steps=20, world_size=1, device="cpu")
+    guard.on_pre_optimizer_step(args, None, None, model=torch.nn.Linear(1, 1))
     assert guard.skipped_steps == 1
 
 

@@ -10,8 +10,10 @@ import signal
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
 from hf_aegis.training import (
@@ -23,6 +25,7 @@ from hf_aegis.training import (
 )
 from hf_aegis.training.checkpoint_faults import find_fault
 from hf_aegis.training.json_lines import JSONLines
+from hf_aegis.training.non_finite_guard import NonFiniteGuard
 
 
 SAVING = {"preserve": "none", "save_strategy": "steps", "save_steps": 2}
@@ -146,12 +149,54 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_trainer, tm
 
 def test_a_checkpoint_in_parts_needs_all_of_them(tmp_path, make_language_model):
     make_language_model().save_pretrained(tmp_path, max_shard_size="40KB")
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
     assert find_fault(tmp_path) is None
     part = sorted(tmp_path.glob("model-*.safetensors"))[1]
     part.unlink()
     assert find_fault(tmp_path) == f"{part} is missing, which model.safetensors.index.json names"
     assert find_fault(tmp_path / "other") == f"there is no folder {tmp_path / 'other'}"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "[" * 100_000, r"config\.json \(100000 bytes\) cannot be read: .*nested too deeply"),
+        ("config.json", "[]", "holds no JSON object"),
+        (INDEX, "{}", r"index\.json: key 'weight_map' is missing"),
+        (INDEX, "[]", r"index\.json: expected a JSON object"),
+        (INDEX, '{"weight_map": {"a": ["b"], "c": 1}}', r"weight_map\['a'\] is \['b'\], expected the name of a file"),
+        (
+            INDEX,
+            '{"weight_map": {"a": "../../../../etc/hostname"}}',
+            "is '../../../../etc/hostname', expected",
+        ),
+        ("trainer_state.json", '{"global_step": "2"}', "key 'global_step' is '2', expected int"),
+        ("trainer_state.json", '{"global_step": -2}', "key 'global_step' is -2, expected a count"),
+        ("trainer_state.json", '{"global_step": 2, "total_flos": null}', "key 'total_flos' is None, expected a count"),
+        ("trainer_state.json", '{"global_step": 2, "log_history": [1]}', "key 'log_history' holds something else"),
+        ("trainer_state.json", '{"global_step": 2, "other": 1}', "the Trainer knows no key 'other'"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_looked_at(tmp_path, name, content, says):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    assert find_fault(tmp_path) is None
+    (tmp_path / name).write_text(content)
+    fault = find_fault(tmp_path)
+    assert fault.startswith(str(tmp_path / name))
+    assert re.search(says, fault)
+
+
+@pytest.mark.parametrize("value", ["many", None, -3, 2.5, True])
+def test_what_a_callback_kept_is_looked_at(value):
+    guard = NonFiniteGuard()
+    kept = {"NonFiniteGuard": {"attributes": {"skipped_steps": value}}}
+    with pytest.raises(ValueError, match=r"^trainer_state\.json of .* step 2, NonFiniteGuard: key 'skipped_steps' is"):
+        guard.on_train_begin(None, TrainerState(global_step=2, stateful_callbacks=kept), None)
+    assert guard.skipped_steps == 0
 
 
 @pytest.mark.parametrize("preserve", ["none", "projection", "both"])
@@ -176,7 +221,7 @@ def test_a_training_ends_after_many_steps_without_finite_gradients(
     with pytest.raises(NonFiniteTrainingError) as caught:
         trainer.train()
     message = str(caught.value)
-    assert message.startswith("3 steps in a row, up to step 7, changed nothing (max_skipped_steps=3). Their gradients")
+    assert message.startswith("3 steps in a row, up to step 7, changed nothing (max_skipped_steps=3). Their loss or")
     assert "learning rate that is too high (learning_rate=0.01, expert_learning_rate=0.0001)" in message
     assert message.endswith(
         f"The last whole checkpoint is {tmp_path / 'out' / 'checkpoint-6'}: started again, the training goes on from "
@@ -186,11 +231,72 @@ def test_a_training_ends_after_many_steps_without_finite_gradients(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_why_no_step_changed_anything(make_trainer, tmp_path):
-    broken = make_trainer(max_skipped_steps=2)
+def break_weight(trainer):
     with torch.no_grad():
-        broken.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(NonFiniteTrainingError, match=r"not finite any more, first model\.layers\.1\.mlp\.up_proj\.w"):
+        trainer.model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = math.nan
+
+
+BROKEN = r"not finite any more after step {}, first model\.layers\.1\.mlp\.up_proj\.weight: .* they are not saved\. .*"
+
+
+def test_a_checkpoint_with_broken_weights_takes_the_place_of_none(make_trainer, tmp_path):
+    out = tmp_path / "out"
+    options = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2}
+
+    # Broken before a step, which is the first to be skipped, and is not saved.
+    trainer = make_trainer(**options)
+    trainer.add_callback(Between(2, lambda: break_weight(trainer)))
+    says = rf"The last whole checkpoint is {out}/checkpoint-2: started again, the training goes on"
+    with pytest.raises(NonFiniteTrainingError, match=BROKEN.format(2) + says):
+        trainer.train()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    # Broken by a step, whose checkpoint would be the next thing.
+    trainer = make_trainer(**options)
+    step = trainer.create_optimizer().step
+
+    def breaking(*args, **kwargs):
+        step(*args, **kwargs)
+        break_weight(trainer)
+
+    trainer.optimizer.step = breaking
+    with pytest.raises(
+        NonFiniteTrainingError, match=BROKEN.format(3) + rf"The last whole checkpoint is {out}/che.*-2:"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    # One that was saved without this trainer may be broken nevertheless.
+    make_trainer(**options | {"max_steps": 4}).train(resume_from_checkpoint=True)
+    spoil(out / "checkpoint-4")
+    with pytest.raises(NonFiniteTrainingError, match=rf"finite weights is {out}/checkpoint-3: delete checkpoint-4 "):
+        make_trainer(**options).train(resume_from_checkpoint=True)
+    spoil(out / "checkpoint-3")
+    with pytest.raises(NonFiniteTrainingError, match=rf"No checkpoint in {out} has finite weights: delete"):
+        make_trainer(**options).train(resume_from_checkpoint=True)
+
+
+def spoil(checkpoint):
+    """Makes one weight of a checkpoint NaN."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_with_broken_weights_is_not_saved(make_language_model, make_args, token_dataset, tmp_path):
+    model = get_peft_model(make_language_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = AEGISTrainer(model, make_args(**{**SAVING, "save_steps": 1}), train_dataset=token_dataset)
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    trainer.add_callback(Between(1, lambda: weight.data.view(-1)[0].fill_(math.nan)))
+    with pytest.raises(NonFiniteTrainingError, match=r"lora_A\.default\.weight: .* is .*/checkpoint-1: started again"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_why_no_step_changed_anything(make_trainer, tmp_path):
+    # Also where any number of steps may be skipped.
+    broken = make_trainer(max_skipped_steps=0)
+    break_weight(broken)
+    with pytest.raises(NonFiniteTrainingError, match=BROKEN.format(0) + "There is no whole checkpoint in"):
         broken.train()
 
     def forget(args, state, control, model=None, **kwargs):

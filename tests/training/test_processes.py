@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, TrainerCallback
 
 from hf_aegis.anchors import ActivationAnchor, SubspaceOptions
-from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.gradients import local_part
+from hf_aegis.training import AEGISConfig, AEGISTrainer, NonFiniteTrainingError
 from hf_aegis.training.expert_parameters import without_wrappers
 from hf_aegis.training.replay_batches import ReplayBatches
 from hf_aegis.training.settling import settle_expert
@@ -76,16 +78,18 @@ def test_two_processes_equal_one(tmp_path, run_processes, one_sharded_process):
         compare(train(tmp_path / "first", 4, fsdp=True, **every[RESUMED_SHARDED]), alone[RESUMED_SHARDED])
     run_processes(__file__, tmp_path, timeout=600)
     for name in ROUNDED:
-        found, expected = (last_log(tmp_path / processes / name) for processes in ("two", "one"))
+        found, expected = (logs(tmp_path / processes / name)[-1] for processes in ("two", "one"))
         for key in ("loss", "grad_norm", "vlm_grad_norm", "penalty_mean_term", "penalty_std_term"):
             assert found[key] == pytest.approx(expected[key], rel=0.05), key
     for name in RUNS | SHARDED_RUNS:
         compare(load_file(tmp_path / "two" / name / "weights.safetensors"), alone[name])
-        found, expected = (last_log(tmp_path / processes / name) for processes in ("two", "one"))
-        if name == "poisoned":
-            # In the place of a loss that is not finite each process's Trainer counts the mean of its own before.
-            assert found.pop("train_loss") != expected.pop("train_loss")
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        found, expected = (logs(tmp_path / processes / name) for processes in ("two", "one"))
+        assert len(found) == len(expected) == STEPS
+        for one, other in zip(found, expected, strict=True):
+            if name == "poisoned" and one["step"] > 1:
+                # In the place of a loss that is not finite each process's Trainer counts none.
+                one.pop("loss"), other.pop("loss")
+            assert one == pytest.approx(other, rel=1e-3, abs=1e-5), name
     # What one process has begun, two went on with; and the other way round.
     compare(load_file(tmp_path / "two" / "resumed" / "weights.safetensors"), alone[RESUMED])
     # One of two that got SIGTERM had both save, and both went on from there.
@@ -142,12 +146,15 @@ def compare(found, expected):
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def last_log(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    # What a run costs differs with the processes.
-    costs = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "peak_memory_mb_")
-    merged = {key: value for line in lines for key, value in line.items() if not key.startswith(costs)}
-    return {key: value for key, value in merged.items() if value is not None}
+def logs(folder):
+    """What was logged of each step, in the order of steps."""
+    merged = defaultdict(dict)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        # Of the whole run: what it cost, which differs with the processes, and the mean of the losses.
+        if "train_runtime" not in record:
+            merged[record["step"]] |= {key: value for key, value in record.items() if value is not None}
+    return [merged[step] for step in sorted(merged)]
 
 
 def make_model():
@@ -240,7 +247,7 @@ def train(folder, batch_size, resume=None, callbacks=None, **changes):
     if folder.name == "poisoned":
         poison(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    assert trainer.non_finite_guard.skipped_steps == (folder.name == "poisoned")
+    assert trainer.non_finite_guard.skipped_steps == (2 if folder.name == "poisoned" else 0)
     if folder.name == "settled":
         go_back(trainer, start, batch)
     if trainer.preservation.held is not None:
@@ -252,15 +259,32 @@ def train(folder, batch_size, resume=None, callbacks=None, **changes):
 
 
 def poison(trainer):
-    """The second step's loss is infinite, in the last process alone."""
+    """In the last process alone the second step's loss and gradients are not finite, and the third's loss alone."""
     compute_loss = trainer.compute_loss
     last = trainer.args.process_index == trainer.args.world_size - 1
 
     def poisoned(*arguments, **options):
         loss = compute_loss(*arguments, **options)
-        return loss * math.inf if last and trainer.state.global_step == 1 else loss
+        if not last or trainer.state.global_step == 0:
+            return loss
+        return loss * math.inf if trainer.state.global_step == 1 else loss + math.inf
 
     trainer.compute_loss = poisoned
+
+
+class BreakLast(TrainerCallback):
+    """A weight of the last process, or of its part of the weights, is broken before the second step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            with torch.no_grad():
+                local_part(model.get_parameter("model.layers.1.mlp.up_proj.weight"))[0, 0] = math.nan
+
+
+def break_weight(folder):
+    """A training that ends in all processes, as one of them has a weight that is not finite."""
+    with pytest.raises(NonFiniteTrainingError, match=r"after step 1, first model\.layers\.1\.mlp\.up_proj\.weight"):
+        train(folder, 2, callbacks=[BreakLast()], fsdp="sharded" in folder.name, preserve="none")
 
 
 def go_back(trainer, start, batch):
@@ -297,6 +321,7 @@ if __name__ == "__main__":
         "resumed": {"resume": str(folder / "one" / RESUMED / "checkpoint-2"), **RUNS[RESUMED]},
         "resumed_sharded": {"resume": str(folder / "first" / "checkpoint-2"), **SHARDED_RUNS[RESUMED_SHARDED]},
     }
+    break_weight(folder / "two" / "broken")
     # accelerate does not leave FSDP again.
     for name, options in sorted(
         (RUNS | SHARDED_RUNS | ROUNDED | resumed | {TERMINATED: {}}).items(), key=lambda item: "sharded" in item[0]
@@ -312,4 +337,5 @@ if __name__ == "__main__":
             assert torch.equal(everyone[0][key], everyone[1][key]), f"{name}: the processes differ in {key}"
         if os.environ["RANK"] == "0":
             save_file(weights, target / "weights.safetensors")
+    break_weight(folder / "two" / "broken_sharded")
     torch.distributed.destroy_process_group()

@@ -312,6 +312,7 @@ def test_with_a_gradient_scaler_the_guard_stands_aside():
     for fp16, skipped in ((True, 0), (False, 1)):
         guard = NonFiniteGuard()
         parameter.weight.grad = torch.full((1, 1), math.inf)
-        guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16, max_skipped_steps=20), None, None, model=parameter)
+        args = SimpleNamespace(fp16=fp16, max_skipped_steps=20, world_size=1, device="cpu")
+        guard.on_pre_optimizer_step(args, None, None, model=parameter)
         assert guard.skipped_steps == skipped
         assert (parameter.weight.grad is None) == (skipped == 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from file_readers.anchors import ANCHOR_READERS
+from file_readers.checkpoints import CHECKPOINT_READERS
 from file_readers.comparisons import COMPARISON_READERS
 from file_readers.demonstrations import DEMONSTRATION_READERS
 from file_readers.file_reader import FileReader
@@ -17,6 +18,7 @@ from file_readers.single_files import SINGLE_FILE_READERS
 READERS: dict[str, Callable[[Path], FileReader]] = {
     **SINGLE_FILE_READERS,
     **ANCHOR_READERS,
+    **CHECKPOINT_READERS,
     **RECIPE_READERS,
     **COMPARISON_READERS,
     **DEMONSTRATION_READERS,

@@ -1,20 +1,17 @@
 """Folders of comparisons, as `hf-aegis report` and `hf-aegis compare` read them: all their files as one input."""
 
 import json
-from base64 import b64decode, b64encode
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import torch
-from fuzz_engine import JSON, JSON_LINES, Mutation, mutate_bytes
 from safetensors.torch import save
 
 from file_readers.file_reader import FileReader
-from file_readers.safetensors_mutations import SAFETENSORS
+from file_readers.packed_folders import FOLDER, pack, unpack
 from hf_aegis.publishing.run_record import RunRecord
 from hf_aegis.reports.bands import band
 from hf_aegis.reports.diagnostics_table import diagnostics_rows
@@ -82,47 +79,11 @@ def _files() -> dict[str, bytes]:
     return {**{name: json.dumps(value).encode() for name, value in objects.items()}, **logs}
 
 
-def _pack(files: dict[str, bytes]) -> bytes:
-    return b"\n".join(name.encode() + b" " + b64encode(data) for name, data in files.items())
-
-
-def _unpack(data: bytes) -> dict[str, bytes]:
-    try:
-        parts = [line.partition(b" ") for line in data.split(b"\n")]
-        return {name.decode(): b64decode(coded) for name, _, coded in parts}
-    except ValueError:
-        return {}
-
-
-def _mutate_file(data: bytes, random: Random) -> bytes:
-    files = _unpack(data)
-    if not files:
-        return data
-    name = random.choice(list(files))
-    kinds = {".json": JSON, ".jsonl": JSON_LINES, ".safetensors": SAFETENSORS}
-    if random.randrange(20) == 0:
-        del files[name]
-    elif random.randrange(4) == 0:
-        files[name] = mutate_bytes(files[name], random)
-    else:
-        files[name] = random.choice(kinds.get(Path(name).suffix, JSON))(files[name], random)
-    return _pack(files)
-
-
-_FOLDER: tuple[Mutation, ...] = (_mutate_file,)
-
-
 def comparison_folder(folder: Path) -> FileReader:
     known = _files()
 
     def read(data: bytes) -> None:
-        files = _unpack(data)
-        for name in known:
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if name in files:
-                path.write_bytes(files[name])
+        unpack(data, folder, known)
         results = write_results(folder)
         markdown_table(results), csv_table(results)
         logs = runs_by_condition(folder, results["runs"])
@@ -138,7 +99,7 @@ def comparison_folder(folder: Path) -> FileReader:
             _of_each(run.hidden_states(), partial(_plane, run.folder))
             run.expert_spectra()
 
-    return FileReader([_pack(known)], read, folder.name, _FOLDER)
+    return FileReader([pack(known)], read, folder.name, FOLDER)
 
 
 def _of_each(found: Any, use: Callable[[Any], Any]) -> None:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from hf_aegis.training import AEGISTrainer
 from hf_aegis.training.out_of_memory import TrainingOutOfMemoryError, advice_for, is_out_of_memory
@@ -58,8 +60,12 @@ def test_a_planner_that_fails_hides_nothing(
     monkeypatch.setattr("hf_aegis.training.planning.rehearsal.rehearse", failing("no such shape", error))
     with pytest.raises(TrainingOutOfMemoryError, match=r"^CUDA out of memory\n") as caught:
         trainer.train()
-    assert f"The planner cannot say what would help with this model: {error.__name__}: " in str(caught.value)
-    assert "no such shape" in str(caught.value)
+    said = str(caught.value).splitlines()
+    assert said[1].startswith(f"The planner cannot say by how much what would help here: {error.__name__}: ")
+    assert "no such shape" in said[1]
+    assert said[2].startswith(
+        "A smaller per_device_train_batch_size with more gradient_accumulation_steps, activation_"
+    )
 
 
 def test_nothing_is_planned_under_fsdp(make_language_model, make_anchor, token_dataset, make_args, monkeypatch):
@@ -76,7 +82,36 @@ def test_the_hosts_allocator_counts_too():
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not is_out_of_memory(MemoryError())
+    # NumPy says it in Python's way.
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**60, dtype=np.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pythons_own_error_gets_the_advice_too(make_language_model, token_dataset, make_args, workers):
+    class Greedy(Dataset):
+        def __len__(self):
+            return len(token_dataset)
+
+        def __getitem__(self, index):
+            # In a process of its own that is the first batch.
+            if workers or trainer.state.global_step == 1:
+                np.empty(2**60, dtype=np.uint8)
+            return token_dataset[index]
+
+    loading = {"dataloader_num_workers": workers, "dataloader_pin_memory": False}
+    trainer = AEGISTrainer(make_language_model(), make_args(preserve="none", **loading), train_dataset=Greedy())
+    with pytest.raises(TrainingOutOfMemoryError, match=r"^Unable to allocate 1\.00 EiB for an array") as caught:
+        trainer.train()
+    said = str(caught.value).splitlines()
+    assert "Traceback" not in str(caught.value)
+    if workers:
+        assert said[1].startswith(
+            "It was before the first step: the model, what is kept beside it, and the first batch"
+        )
+    else:
+        assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 2: " in str(caught.value)
 
 
 def test_other_errors_stay_what_they_are(make_language_model, make_anchor, token_dataset, make_args):
