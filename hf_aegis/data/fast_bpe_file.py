@@ -1,7 +1,7 @@
 """Byte-pair encodings from `tokenizer.json`, checked before any native code sees them."""
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -10,7 +10,8 @@ from hf_aegis.json_files import read_json_object, require_keys
 
 
 _NONE = type(None)
-_MODEL = {
+_Kinds: TypeAlias = dict[str, type | tuple[type, ...]]
+_MODEL: _Kinds = {
     "type": (str, _NONE),
     "vocab": dict,
     "merges": list,
@@ -24,7 +25,8 @@ _MODEL = {
 }
 # What turns a text into another one, or its tokens: a coefficient would be lost or doubled.
 _CHANGES = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
-_ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_ADDED_TOKEN: _Kinds = {"id": int, "content": str, **dict.fromkeys(_FLAGS, (bool, _NONE))}
 
 
 def read_bpe(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -96,8 +98,8 @@ def _byte_level(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _add_token(tokenizer: Tokenizer, added: Any, where: str) -> None:
-    require_keys(added, {"id": int, "content": str} | dict.fromkeys(_ADDED_FLAGS, (bool, _NONE)), where)
-    flags = {name: added[name] for name in _ADDED_FLAGS if added.get(name) is not None}
+    require_keys(added, _ADDED_TOKEN, where)
+    flags = {name: added[name] for name in _FLAGS if added.get(name) is not None}
     tokenizer.add_tokens([AddedToken(added["content"], **flags)])
     if (found := tokenizer.token_to_id(added["content"])) != added["id"]:
         raise ValueError(f"{where}: key 'id' is {added['id']}, but the token's place gives it {found}")

@@ -301,7 +301,9 @@ class FASTTokenizer(ProcessorMixin):
     ):
         # Beside processor_config.json, where published tokenizers have it; transformers would look a folder deeper.
         place = {key: value for key, value in kwargs.items() if key in _LOCATION}
-        return read_bpe(cached_file(pretrained_model_name_or_path, FULL_TOKENIZER_FILE, subfolder=subfolder, **place))
+        file = cached_file(pretrained_model_name_or_path, FULL_TOKENIZER_FILE, subfolder=subfolder, **place)
+        assert file is not None  # It raises where there is none.
+        return read_bpe(file)
 
     def _report_clipping(self, wanted: np.ndarray, fitting: np.ndarray, out_of_range: str) -> None:
         changed = wanted != fitting
