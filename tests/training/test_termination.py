@@ -1,13 +1,10 @@
-"""A training that gets SIGTERM, in a process of its own, with processes that load data."""
+"""Trainings in processes of their own that get signals, with processes that load data."""
 
+import os
 import signal
-import subprocess
-import sys
-import textwrap
-import threading
-from pathlib import Path
 
 import pytest
+import separate_process
 import torch
 from transformers import TrainerCallback
 
@@ -16,36 +13,15 @@ from hf_aegis.training.termination import EXIT_STATUS
 
 
 OPTIONS = {
-    "max_steps": 6,
+    "max_steps": 12,
     "save_strategy": "steps",
     "save_steps": 100,
     "logging_steps": 2,
     "gradient_accumulation_steps": 2,
     "dataloader_num_workers": 1,
+    "dataloader_prefetch_factor": 1,
     "dataloader_pin_memory": False,
 }
-TERMINATED_RUN = """
-    import os, signal, sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    from conftest import TokenDataset, make_anchor, make_args, make_language_model
-    from transformers import TrainerCallback
-    from hf_aegis.training import AEGISTrainer
-
-    class Terminate(TrainerCallback):
-        def on_substep_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                # Between two micro-batches, to all processes of the job as schedulers do, and twice.
-                os.killpg(0, signal.SIGTERM)
-                os.killpg(0, signal.SIGTERM)
-
-    model = make_language_model.__wrapped__()()
-    anchor = make_anchor.__wrapped__()(model)
-    args = make_args.__wrapped__(Path({folder!r}))(**{options!r})
-    trainer = AEGISTrainer(model, args, anchor=anchor, train_dataset=TokenDataset(24), callbacks=[Terminate()])
-    trainer.train()
-    print("trained on")
-"""
 
 
 def test_a_terminated_run_saves_first_and_ends_like_an_uninterrupted_one(
@@ -57,18 +33,21 @@ def test_a_terminated_run_saves_first_and_ends_like_an_uninterrupted_one(
         AEGISTrainer(model, args, make_anchor(model), train_dataset=token_dataset).train(resume_from_checkpoint=resume)
         return model
 
-    script = textwrap.dedent(TERMINATED_RUN).format(
-        tests=str(Path(__file__).parent), folder=str(tmp_path / "terminated"), options=OPTIONS
+    errors = tmp_path / "errors"
+    # Slow enough that what the step under way needs is not loaded yet.
+    with separate_process.running(separate_process.train, errors, tmp_path, OPTIONS, 0.03, True) as process:
+        separate_process.wait_for(tmp_path / "third step", process)
+        # To all processes of the job as schedulers do, and twice.
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert separate_process.exit_status(process) == EXIT_STATUS == 143, errors.read_text()
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 3 <= step < 12
+    assert errors.read_text().splitlines()[-1] == (
+        f"SIGTERM: the training ends after step {step} of 12; started again it goes on from {checkpoint}"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True)
-    assert ended.returncode == EXIT_STATUS == 143, ended.stderr
-    assert "trained on" not in ended.stdout
-    out = tmp_path / "terminated" / "out"
-    assert ended.stderr.splitlines()[-1] == (
-        f"SIGTERM: the training ends after step 3 of 6; started again it goes on from {out / 'checkpoint-3'}"
-    )
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
-    resumed, whole = train("terminated/out", resume=True), train("whole")
+    resumed, whole = train("out", resume=True), train("whole")
     for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -80,32 +59,33 @@ class Terminate(TrainerCallback):
 
 
 def test_the_signal_is_left_to_a_program_that_handles_it(make_language_model, make_args, token_dataset, tmp_path):
-    def train(**changes):
-        args = make_args(preserve="none", max_steps=2, **changes)
+    def train(folder):
+        args = make_args(output_dir=str(tmp_path / folder), preserve="none", max_steps=2, save_strategy="epoch")
         AEGISTrainer(make_language_model(), args, train_dataset=token_dataset, callbacks=[Terminate()]).train()
 
     noted = []
     signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
     try:
-        train(save_strategy="steps", save_steps=2)
-        # Nothing is to be saved.
-        train()
+        train("handled")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert noted == [signal.SIGTERM] * 2
+    assert noted == [signal.SIGTERM]
 
-    saving = {"save_strategy": "steps", "save_steps": 2}
     with pytest.raises(SystemExit) as ended:
-        train(output_dir=str(tmp_path / "ended"), **saving)
+        train("ended")
     assert ended.value.code == EXIT_STATUS
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    # Signals have handlers in main threads only.
-    beside = threading.Thread(target=train_beside, args=(make_language_model(), make_args(**saving), token_dataset))
-    beside.start()
-    beside.join()
-    assert (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
-def train_beside(model, args, dataset):
-    args.preserve = "none"
-    AEGISTrainer(model, args, train_dataset=dataset).train()
+@pytest.mark.parametrize(
+    ("target", "saving"),
+    [(separate_process.train, "no"), (separate_process.train_in_a_thread, "steps")],
+    ids=["nothing is saved", "in a thread"],
+)
+def test_the_signal_ends_a_training_that_cannot_save(tmp_path, target, saving):
+    options = {"save_strategy": saving, "save_steps": 100, "max_steps": 100}
+    with separate_process.running(target, tmp_path / "errors", tmp_path, options, 0.03) as process:
+        separate_process.wait_for(tmp_path / "third step", process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert separate_process.exit_status(process) == -signal.SIGTERM
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
