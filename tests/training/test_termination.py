@@ -17,7 +17,7 @@ from hf_aegis.training.termination import EXIT_STATUS, keep_workers
 
 
 OPTIONS = {
-    "max_steps": 12,
+    "max_steps": 6,
     "save_strategy": "steps",
     "save_steps": 100,
     "logging_steps": 2,
@@ -38,19 +38,19 @@ def test_a_terminated_run_saves_first_and_ends_like_an_uninterrupted_one(
         return model
 
     errors = tmp_path / "errors"
-    # Slow enough that what the step under way needs is not loaded yet.
-    with separate_process.running(separate_process.train, errors, tmp_path, OPTIONS, 0.03, True) as process:
-        separate_process.wait_for(tmp_path / "third step", process)
+    with separate_process.running(separate_process.train, errors, tmp_path, OPTIONS, True, True) as process:
+        # The training waits for a batch of its third step, and another process for the test.
+        separate_process.wait_for(tmp_path / "waiting", process)
         # To all processes of the job as schedulers do, and twice.
         os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGTERM)
+        (tmp_path / "go").touch()
         assert separate_process.exit_status(process) == EXIT_STATUS == 143, errors.read_text()
-    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 3 <= step < 12
+    out = tmp_path / "out"
     assert errors.read_text().splitlines()[-1] == (
-        f"SIGTERM: the training ends after step {step} of 12; started again it goes on from {checkpoint}"
+        f"SIGTERM: the training ends after step 3 of 6; started again it goes on from {out / 'checkpoint-3'}"
     )
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
     resumed, whole = train("out", resume=True), train("whole")
     for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_while_it_saves_ends_like_an_uninterrupted_one(
         return (tmp_path / folder / "checkpoint-6" / "model.safetensors").read_bytes()
 
     with separate_process.running(
-        separate_process.train, tmp_path / "errors", tmp_path, options, 0.0, False, 4
+        separate_process.train, tmp_path / "errors", tmp_path, options, False, False, 4
     ) as process:
         assert separate_process.exit_status(process) == -signal.SIGKILL
     assert (tmp_path / "out" / "checkpoint-4" / "model.safetensors").exists()
@@ -182,9 +182,9 @@ def test_the_signal_is_left_to_a_program_that_handles_it(make_language_model, ma
     ids=["nothing is saved", "in a thread"],
 )
 def test_the_signal_ends_a_training_that_cannot_save(tmp_path, target, saving):
-    options = {"save_strategy": saving, "save_steps": 100, "max_steps": 100}
-    with separate_process.running(target, tmp_path / "errors", tmp_path, options, 0.03) as process:
-        separate_process.wait_for(tmp_path / "third step", process)
+    options = {"save_strategy": saving, "save_steps": 100}
+    with separate_process.running(target, tmp_path / "errors", tmp_path, options, True) as process:
+        separate_process.wait_for(tmp_path / "waiting", process)
         os.kill(process.pid, signal.SIGTERM)
         assert separate_process.exit_status(process) == -signal.SIGTERM
     assert not list((tmp_path / "out").glob("checkpoint-*"))

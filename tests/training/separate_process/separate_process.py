@@ -66,32 +66,36 @@ def _lead(target: Callable[..., Any], errors: Path, arguments: tuple[Any, ...]) 
     target(*arguments)
 
 
-def train(folder: Path, options: dict[str, Any], sleep: float = 0.0, projects: bool = False, kill_in: int = 0) -> None:
+def train(
+    folder: Path, options: dict[str, Any], waits: bool = False, projects: bool = False, kill_in: int = 0
+) -> None:
     """
-    Trains a tiny model in `folder`, and makes the file `folder/"third step"` at the beginning of that step.
+    Trains a tiny model.
 
     Args:
         folder (`Path`): For the output, in `out`.
         options (`dict[str, Any]`): Of the arguments.
-        sleep (`float`, *optional*, defaults to `0.0`): Seconds that it takes to load a sample.
+        waits (`bool`, *optional*, defaults to `False`): Whether what loads data makes the file `folder/waiting` within
+            the sixth batch, and goes on when there is `folder/go`.
         projects (`bool`, *optional*, defaults to `False`): Whether there is an anchor.
         kill_in (`int`, *optional*, defaults to `0`): The step whose checkpoint the process does not survive: it is
             killed once the optimiser's state is half-written.
     """
     from conftest import TokenDataset, make_anchor, make_args, make_language_model
-    from transformers import TrainerCallback
 
     from hf_aegis.training import AEGISTrainer
 
-    class SlowDataset(TokenDataset):
-        def __getitem__(self, index):
-            time.sleep(sleep)
-            return super().__getitem__(index)
+    class Dataset(TokenDataset):
+        drawn = 0
 
-    class Note(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                (folder / "third step").touch()
+        def __getitem__(self, index):
+            self.drawn += 1
+            if waits and self.drawn == 21:
+                (folder / "waiting").touch()
+                latest = time.monotonic() + SECONDS
+                while not (folder / "go").exists() and time.monotonic() < latest:
+                    time.sleep(0.02)
+            return super().__getitem__(index)
 
     class Trainer(AEGISTrainer):
         def _save_optimizer_and_scheduler(self, output_dir):
@@ -104,12 +108,12 @@ def train(folder: Path, options: dict[str, Any], sleep: float = 0.0, projects: b
     model = make_language_model.__wrapped__()()
     anchor = make_anchor.__wrapped__()(model) if projects else None
     args = make_args.__wrapped__(folder)(preserve="projection" if projects else "none", **options)
-    Trainer(model, args, anchor, train_dataset=SlowDataset(24), callbacks=[Note()]).train()
+    Trainer(model, args, anchor, train_dataset=Dataset(24)).train()
 
 
-def train_in_a_thread(folder: Path, options: dict[str, Any], sleep: float) -> None:
-    """As `train`, beside a main thread that waits."""
-    beside = threading.Thread(target=train, args=(folder, options, sleep))
+def train_in_a_thread(folder: Path, options: dict[str, Any], waits: bool) -> None:
+    """As `train`, beside a main thread that waits for it."""
+    beside = threading.Thread(target=train, args=(folder, options, waits))
     beside.start()
     beside.join()
 
