@@ -125,6 +125,19 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         lines.append([{"step": step, "loss": 1.0} for step in range(20)])
 
 
+def test_a_log_on_a_full_disk_is_named_and_goes_on(small_disk):
+    lines = JSONLines(small_disk.folder / "metrics.jsonl")
+    records = [{"step": step, "loss": 1.0} for step in range(1000)]
+    small_disk.fill(2**12)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        lines.append(records)
+    small_disk.empty()
+    written = len(lines.read())
+    assert 0 < written < 1000
+    lines.append(records[written:])
+    assert lines.read() == records
+
+
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
