@@ -30,11 +30,14 @@ class SaveOnTermination(TrainerCallback):
     processes do so after the same step, whichever of them got the signal.
 
     It comes before the callbacks that prepare a checkpoint in `on_step_end`.
+
+    Attributes:
+        asked (`bool`): Whether the signal has come to this process.
     """
 
     def __init__(self) -> None:
-        # By the signal, in this process; and after which step, in all of them.
-        self._asked = self._ending = False
+        # Of all processes: whether they end after the step under way.
+        self.asked = self._ending = False
 
     @contextlib.contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
@@ -42,7 +45,7 @@ class SaveOnTermination(TrainerCallback):
         A block that trains, once or, where smaller batches are tried, several times. The signal keeps its effect where
         no checkpoints are saved, where the program handles it itself, and outside of the main thread.
         """
-        self._asked = self._ending = False
+        self.asked = self._ending = False
         unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if not _saves(args) or not unhandled or threading.current_thread() is not threading.main_thread():
             yield
@@ -52,26 +55,21 @@ class SaveOnTermination(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._asked:
+        if self.asked:
             # It came when there was no step left to be saved after.
             signal.raise_signal(signal.SIGTERM)
 
-    @property
-    def asked(self) -> bool:
-        """Whether the signal has come."""
-        return self._asked
-
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.asked = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not _saves(args):
             return
-        self._ending = self._asked
+        self._ending = self.asked
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
-            asked = torch.tensor(int(self._asked), device=args.device)
+            asked = torch.tensor(int(self.asked), device=args.device)
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
             self._ending = bool(asked)
         control.should_save = control.should_save or self._ending

@@ -40,7 +40,8 @@ def test_a_terminated_run_saves_first_and_ends_like_an_uninterrupted_one(
     errors = tmp_path / "errors"
     with separate_process.running(separate_process.train, errors, tmp_path, OPTIONS, True, True) as process:
         # The training waits for a batch of its third step, and another process for the test.
-        separate_process.wait_for(tmp_path / "waiting", process)
+        for name in ("logged", "waiting"):
+            separate_process.wait_for(tmp_path / name, process)
         # To all processes of the job as schedulers do, and twice.
         os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGTERM)

@@ -70,7 +70,7 @@ def train(
     folder: Path, options: dict[str, Any], waits: bool = False, projects: bool = False, kill_in: int = 0
 ) -> None:
     """
-    Trains a tiny model.
+    Trains a tiny model, and makes the file `folder/logged` once the second step is over and logged.
 
     Args:
         folder (`Path`): For the output, in `out`.
@@ -82,8 +82,14 @@ def train(
             killed once the optimiser's state is half-written.
     """
     from conftest import TokenDataset, make_anchor, make_args, make_language_model
+    from transformers import TrainerCallback
 
     from hf_aegis.training import AEGISTrainer
+
+    class Note(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                (folder / "logged").touch()
 
     class Dataset(TokenDataset):
         drawn = 0
@@ -108,7 +114,7 @@ def train(
     model = make_language_model.__wrapped__()()
     anchor = make_anchor.__wrapped__()(model) if projects else None
     args = make_args.__wrapped__(folder)(preserve="projection" if projects else "none", **options)
-    Trainer(model, args, anchor, train_dataset=Dataset(24)).train()
+    Trainer(model, args, anchor, train_dataset=Dataset(24), callbacks=[Note()]).train()
 
 
 def train_in_a_thread(folder: Path, options: dict[str, Any], waits: bool) -> None:
