@@ -120,6 +120,7 @@ def test_a_run_that_is_killed_while_it_saves_ends_like_an_uninterrupted_one(
     assert train("out", resume=True) == train("whole")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_command_which_goes_on_when_it_is_given_again(demonstrations, tmp_path):
     out, errors = tmp_path / "out", tmp_path / "errors"
     options = {
