@@ -35,10 +35,10 @@ def naming_folder(folder: str | os.PathLike) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and (is_out_of_memory(error) or not _comes_from_saving(error)):
             raise
-        free = _free_bytes(Path(folder))
+        free, written = _free_bytes(Path(folder)), _written_bytes(Path(folder))
         raise ModelNotSavedError(
-            f"{folder} could not be written: {' '.join(str(error).split())} ({_written_bytes(folder) / 2**20:.1f} MiB "
-            f"are there, and {free / 2**20:.1f} MiB are free{': the disk is full' if free < _NOTHING else ''})"
+            f"{folder} could not be written: {' '.join(str(error).split())} ({written / 2**20:.1f} MiB are there, and "
+            f"{free / 2**20:.1f} MiB are free{': the disk is full' if free < _NOTHING else ''})"
         ) from error
 
 
@@ -56,7 +56,7 @@ def _free_bytes(folder: Path) -> int:
     raise AssertionError("there is always a root")
 
 
-def _written_bytes(folder: str | os.PathLike) -> int:
+def _written_bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
