@@ -55,3 +55,31 @@ def test_two_writers_do_not_share_a_half_written_file(tmp_path):
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_a_place(tmp_path, monkeypatch):
+    path, done = tmp_path / "file.txt", []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        done.append((kind, os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        done.append("replaced")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_text(path, "new")
+    assert done == [("file", path.stat().st_ino), "replaced", ("folder", tmp_path.stat().st_ino)]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "other.txt").write_text("other")
+    link = tmp_path / "link.txt"
+    link.symlink_to("other.txt")
+    write_text(link, "new")
+    assert not link.is_symlink()
+    assert (tmp_path / "other.txt").read_text() == "other"

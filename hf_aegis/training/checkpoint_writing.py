@@ -3,12 +3,18 @@
 import contextlib
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from hf_aegis.training.out_of_memory import is_out_of_memory
+
+
+# Below what any file needs: where a write has failed, the rest is taken.
+_NOTHING = 2**12
 
 
 class ModelNotSavedError(OSError):
@@ -22,18 +28,38 @@ def naming_folder(folder: str | os.PathLike) -> Iterator[None]:
     PyTorch name a file that they cannot write, and PyTorch does not name the reason.
 
     Raises:
-        ModelNotSavedError: In the place of the error that was raised.
+        ModelNotSavedError: In the place of the error that was raised, if it is one of writing.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or not _comes_from_saving(error)):
             raise
-        folder = Path(folder)
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free / 2**20
-        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+        free, written = _free_bytes(Path(folder)), _written_bytes(Path(folder))
         raise ModelNotSavedError(
-            f"{folder} could not be written: {' '.join(str(error).split())} ({written:.1f} MiB are there, and "
-            f"{free:.1f} MiB are free)"
+            f"{folder} could not be written: {' '.join(str(error).split())} ({written / 2**20:.1f} MiB are there, and "
+            f"{free / 2**20:.1f} MiB are free{': the disk is full' if free < _NOTHING else ''})"
         ) from error
+
+
+def _comes_from_saving(error: RuntimeError) -> bool:
+    """Whether PyTorch could not write a file; processes that wait for one another raise errors of the same type."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == torch.serialization.__name__
+
+
+# Another process may delete the folder meanwhile, which must not hide what went wrong.
+def _free_bytes(folder: Path) -> int:
+    for place in (folder, *folder.absolute().parents):
+        with contextlib.suppress(FileNotFoundError):
+            return shutil.disk_usage(place).free
+    raise AssertionError("there is always a root")
+
+
+def _written_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
 from hf_aegis.anchors import ActivationAnchor
@@ -22,7 +22,14 @@ from hf_aegis.publishing import CardOptions, RunRecord, write_card
 from hf_aegis.publishing.adapter_card import ADAPTER_CONFIG
 from hf_aegis.training.aegis_config import AEGISConfig
 from hf_aegis.training.run_recipe import RECIPE_FILE, changed_arguments
-from hf_aegis.training.run_upload import LAST_CHECKPOINT, portable_adapter, push_run, stage_checkpoint
+from hf_aegis.training.run_upload import (
+    LAST_CHECKPOINT,
+    delete_staged,
+    portable_adapter,
+    push_run,
+    stage_checkpoint,
+    staging_folder,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -162,9 +169,15 @@ class HubTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         name = Path(checkpoint_folder).name
         places = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: name}
-        staged = stage_checkpoint(Path(str(self.args.output_dir)), Path(checkpoint_folder), places.get(strategy))
-        # Of what is pushed: the output folder may not hold an adapter yet.
-        write_card(staged, self.hub_model_id, record=RunRecord.read(staged, **self._known()))
+        out = Path(str(self.args.output_dir))
+        try:
+            with staging_folder(out) as staged:
+                stage_checkpoint(out, Path(checkpoint_folder), places.get(strategy), staged)
+                # Of what is pushed: the output folder may not hold an adapter yet.
+                write_card(staged, self.hub_model_id, record=RunRecord.read(staged, **self._known()))
+        except OSError as error:
+            _warn_of_push(name, self.hub_model_id, f"it could not be prepared in {out}: {error}")
+            return
         # Of this function's jobs one runs after the other: an older checkpoint never replaces a newer one.
         job = run_as_future(
             _push_staged,
@@ -179,6 +192,12 @@ class HubTrainer(Trainer):
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
         else:
             self.push_in_progress.jobs.append(job)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            delete_staged(Path(str(self.args.output_dir)))
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -195,11 +214,12 @@ def _push_staged(staged: Path, repo_id: str, name: str, **options: Any) -> None:
     try:
         push_folder(staged, repo_id, **options)
     except HubUploadError as error:
-        logger.warning(
-            "%s was not pushed to %s: %s. The training goes on, and pushes the next checkpoint",
-            name,
-            repo_id,
-            error.why,
-        )
+        _warn_of_push(name, repo_id, error.why)
     finally:
         shutil.rmtree(staged)
+
+
+def _warn_of_push(name: str, repo_id: str | None, why: str) -> None:
+    logger.warning(
+        "%s was not pushed to %s: %s. The training goes on, and pushes the next checkpoint", name, repo_id, why
+    )

@@ -65,10 +65,11 @@ class ResumableTrainer(HubTrainer):
                 resume_from_checkpoint = str(download_checkpoint(resume_from_checkpoint, folder, token))
             if (fault := find_fault(resume_from_checkpoint)) is not None:
                 raise ValueError(f"{resume_from_checkpoint} cannot be resumed: {fault}")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self._termination.listening(self.args):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self._termination.listening(self.args), explaining_loading_errors(self.args):
+        with explaining_loading_errors(self.args, self._termination):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

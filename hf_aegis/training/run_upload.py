@@ -1,10 +1,12 @@
 """What of a training's output folder goes to the Hub."""
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +75,35 @@ def push_run(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> Co
         raise HubUploadError(f"{error}; `{shlex.join(command)}` does the same", error.why) from error.__cause__
 
 
-def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
+@contextlib.contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A new folder in a training's output folder, for what is pushed. It stays, unless the block raises an error."""
+    staged = Path(tempfile.mkdtemp(prefix=_STAGED_PREFIX, dir=folder))
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def delete_staged(folder: Path) -> None:
+    """Deletes what a killed process has staged in a training's output folder: links keep weights on the disk."""
+    for staged in folder.glob(f"{_STAGED_PREFIX}*"):
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None, staged: Path) -> None:
     """
-    A temporary folder with what is pushed of a training under way: the model of a checkpoint and the logs so far, and
+    Puts into a folder what is pushed of a training under way: the model of a checkpoint and the logs so far, and
     on request the checkpoint itself. Large files are linked, not copied, so that they stay when the Trainer
     deletes the checkpoint before they are on the Hub.
 
     Args:
-        folder (`Path`): The training's output folder; the temporary one is in it.
+        folder (`Path`): The training's output folder.
         checkpoint (`Path`): The checkpoint, written to its end.
         place (`str`, *optional*): Folder of the repository for the checkpoint; by default it is not pushed.
+        staged (`Path`): The folder to be pushed, on the same file system.
     """
-    staged = Path(tempfile.mkdtemp(prefix=_STAGED_PREFIX, dir=folder))
     for path in sorted(folder.iterdir()):
         # The logs are still being written, so they are copied; weights of an earlier push are not those of now.
         if path.is_file() and path.suffix in (".jsonl", ".json", ".yaml") and not _is_left_out(path):
@@ -101,7 +120,6 @@ def stage_checkpoint(folder: Path, checkpoint: Path, place: str | None) -> Path:
         _replace(path, portable_adapter(path).decode())
     if place is not None and (state := staged / place / TRAINER_STATE_NAME).exists():
         _replace(state, json.dumps(without_machine_paths(json.loads(state.read_text())), indent=2))
-    return staged
 
 
 def _is_state(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -29,19 +30,22 @@ class SaveOnTermination(TrainerCallback):
     processes do so after the same step, whichever of them got the signal.
 
     It comes before the callbacks that prepare a checkpoint in `on_step_end`.
+
+    Attributes:
+        asked (`bool`): Whether the signal has come to this process.
     """
 
     def __init__(self) -> None:
-        # By the signal, in this process; and after which step, in all of them.
-        self._asked = self._ending = False
+        # Of all processes: whether they end after the step under way.
+        self.asked = self._ending = False
 
     @contextlib.contextmanager
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """
-        A block that trains. The signal keeps its effect where no checkpoints are saved, where the program handles it
-        itself, and outside of the main thread.
+        A block that trains, once or, where smaller batches are tried, several times. The signal keeps its effect where
+        no checkpoints are saved, where the program handles it itself, and outside of the main thread.
         """
-        self._asked = self._ending = False
+        self.asked = self._ending = False
         unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if not _saves(args) or not unhandled or threading.current_thread() is not threading.main_thread():
             yield
@@ -51,21 +55,21 @@ class SaveOnTermination(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._asked:
+        if self.asked:
             # It came when there was no step left to be saved after.
             signal.raise_signal(signal.SIGTERM)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.asked = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not _saves(args):
             return
-        self._ending = self._asked
+        self._ending = self.asked
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
-            asked = torch.tensor(int(self._asked), device=args.device)
+            asked = torch.tensor(int(self.asked), device=args.device)
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
             self._ending = bool(asked)
         control.should_save = control.should_save or self._ending
@@ -94,12 +98,26 @@ def _saves(args: TrainingArguments) -> bool:
 def keep_workers(loader: DataLoader) -> None:
     """
     Lets a loader's processes go on when SIGTERM comes, which is often sent to all processes of a job: the step under
-    way needs them. They end when the loader does, or the process that has it.
+    way needs them. They end when the loader does, or the process that has it, whose own SIGTERM still ends them.
+
+    Systems that do not tell who sent a signal, such as macOS, leave the processes to end by it.
     """
-    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    if hasattr(signal, "sigwaitinfo"):
+        # What accelerate wraps around a loader hands on what is read of it, and not what is set.
+        loader = getattr(loader, "base_dataloader", loader)
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
 
 
 def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Not ignored: PyTorch and multiprocessing end by it a process that is slow to end, and may wait until it has.
+    # Blocked, in this thread and those that it starts, lest it have its effect in one of them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_parent, name="SIGTERM", daemon=True).start()
     if start is not None:
         start(number)
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

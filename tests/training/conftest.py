@@ -1,5 +1,8 @@
 import json
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -112,6 +115,51 @@ def make_args(tmp_path) -> Callable[..., AEGISConfig]:
         return AEGISConfig(**{**defaults, **changes})
 
     return make
+
+
+class SmallDisk:
+    """
+    A file system of 4 MiB.
+
+    Args:
+        folder (`Path`): Where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._filler = folder / "filler"
+
+    def fill(self, left: int = 0) -> None:
+        """Takes all but so many bytes."""
+        with self._filler.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(self.folder).free - left))
+
+    def empty(self) -> None:
+        """Gives them back."""
+        self._filler.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[SmallDisk]:
+    """Mounted where no other process sees it but by this path, and gone afterwards; no root is needed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = 'mount -t tmpfs -o size=4m none "$1" && echo mounted && exec cat'
+    for namespaces in (["--mount"], ["--user", "--map-root-user", "--mount"]):
+        try:
+            holder = subprocess.Popen(
+                ["unshare", *namespaces, "sh", "-c", mount, "sh", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except FileNotFoundError:
+            break
+        with holder:
+            if holder.stdout.readline() == b"mounted\n":
+                yield SmallDisk(Path(f"/proc/{holder.pid}/root/{folder}"))
+                return
+    pytest.skip("the system lets nobody mount a file system here")
 
 
 @pytest.fixture(scope="session")

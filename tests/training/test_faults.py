@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hf_aegis.training import (
     last_complete_checkpoint,
 )
 from hf_aegis.training.checkpoint_faults import find_fault
+from hf_aegis.training.checkpoint_writing import naming_folder
 from hf_aegis.training.json_lines import JSONLines
 from hf_aegis.training.non_finite_guard import NonFiniteGuard
 
@@ -55,7 +57,7 @@ class Between(TrainerCallback):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """As on a full disk, nothing is written beyond so many bytes of a file."""
+    """Nothing is written beyond so many bytes of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -86,10 +88,56 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(make_trainer,
     assert len({(folder / "checkpoint-6" / "model.safetensors").read_bytes() for folder in (out, whole)}) == 1
 
 
+def test_a_full_disk_leaves_the_checkpoint_before(make_trainer, small_disk, tmp_path):
+    out, whole = small_disk.folder / "out", tmp_path / "whole"
+    make_trainer(output_dir=str(whole)).train()
+    weights, optimizer = ((whole / "checkpoint-2" / name).stat().st_size for name in SIZED)
+    cases = (
+        (weights // 2, r"No space left on device .* MiB are free\)\. "),
+        # PyTorch does not say so.
+        (weights + optimizer // 2, r"unexpected pos .* 0\.0 MiB are free: the disk is full\)\. "),
+    )
+    for left, said in cases:
+        callback = Between(3, lambda left=left: small_disk.fill(left))
+        with pytest.raises(ModelNotSavedError) as caught:
+            make_trainer(output_dir=str(out), callbacks=[callback]).train(resume_from_checkpoint=True)
+        message = str(caught.value)
+        assert message.startswith(f"{out / 'checkpoint-4'} could not be written: ")
+        assert re.search(said, message)
+        assert f"The last whole checkpoint is {out / 'checkpoint-2'}: started again, the training goes on" in message
+        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+        small_disk.empty()
+    make_trainer(output_dir=str(out)).train(resume_from_checkpoint=True)
+    assert len({(folder / "checkpoint-6" / "model.safetensors").read_bytes() for folder in (out, whole)}) == 1
+
+
+def test_what_does_not_come_from_writing_is_not_told_as_that(tmp_path):
+    with pytest.raises(RuntimeError) as caught, naming_folder(tmp_path):
+        # Of a process that waits for another one, which has died.
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:12345")
+    assert not isinstance(caught.value, ModelNotSavedError)
+    for write in (lambda path: torch.save({}, path), lambda path: save_file({}, path), Path.touch):
+        with pytest.raises(ModelNotSavedError, match=r"none could not be written"), naming_folder(tmp_path / "none"):
+            write(tmp_path / "none" / "file")
+
+
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     lines = JSONLines(tmp_path / "metrics.jsonl")
     with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*/metrics\.jsonl'"):
         lines.append([{"step": step, "loss": 1.0} for step in range(20)])
+
+
+def test_a_log_on_a_full_disk_is_named_and_goes_on(small_disk):
+    lines = JSONLines(small_disk.folder / "metrics.jsonl")
+    records = [{"step": step, "loss": 1.0} for step in range(1000)]
+    small_disk.fill(2**12)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        lines.append(records)
+    small_disk.empty()
+    written = len(lines.read())
+    assert 0 < written < 1000
+    lines.append(records[written:])
+    assert lines.read() == records
 
 
 def cut(path):
@@ -351,6 +399,16 @@ def test_a_loading_process_that_dies_is_told(make_trainer, token_dataset, tmp_pa
     assert re.match(said, message)
     assert "set dataloader_num_workers lower" in message
     assert f"The last whole checkpoint is {tmp_path / 'out' / 'checkpoint-2'}: started again" in message
+
+
+def test_a_loading_process_that_dies_after_sigterm_is_not_short_of_memory(make_trainer, token_dataset):
+    def prepare(index):
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DataLoadingError, match=r"The training got SIGTERM.*There is no whole checkpoint") as caught:
+        make_trainer(Reading(token_dataset, prepare), **LOADING).train()
+    assert "memory" not in str(caught.value)
 
 
 def test_demonstrations_that_disappear_are_named(make_trainer, token_dataset, demonstrations, tmp_path):

@@ -11,9 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hf_aegis.hub import HubDownloadError, HubUploadError
 from hf_aegis.training import AEGISTrainer, hub_trainer
+from hf_aegis.training.checkpoint_faults import find_fault
 from hf_aegis.training.json_lines import JSONLines
 
 
@@ -153,6 +155,34 @@ def test_a_push_that_fails_in_the_middle_is_a_warning(hub, make_trainer, caplog)
     (warning,) = [r.getMessage() for r in caplog.records if "was not pushed" in r.getMessage()]
     assert warning.startswith(f"checkpoint-2 was not pushed to {REPO}: the Hub failed with status 500")
     assert hub.token not in caplog.text
+
+
+class FillWhilePushing(TrainerCallback):
+    """Leaves no space for what is pushed of the first checkpoint, once that is written."""
+
+    def __init__(self, disk):
+        self.disk = disk
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.disk.fill()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.disk.empty()
+
+
+def test_a_push_that_has_no_space_is_a_warning(hub, make_trainer, small_disk, caplog):
+    out = small_disk.folder / "out"
+    # As a killed process leaves it.
+    (out / ".push-killed").mkdir(parents=True)
+    trainer = make_trainer(out, hub_strategy="checkpoint")
+    trainer.add_callback(FillWhilePushing(small_disk))
+    trainer.train()
+    assert [find_fault(out / name) for name in ("checkpoint-2", "checkpoint-4")] == [None, None]
+    assert titles(hub) == ["Training in progress, step 4"]
+    (warning,) = [r.getMessage() for r in caplog.records if "was not pushed" in r.getMessage()]
+    assert warning.startswith(f"checkpoint-2 was not pushed to {REPO}: it could not be prepared in {out}: [Errno 28]")
+    assert not list(out.glob(".push-*"))
 
 
 def test_a_push_that_fails_at_the_end_loses_nothing(hub, make_trainer, tmp_path):
