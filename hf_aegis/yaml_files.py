@@ -9,6 +9,7 @@ import yaml
 
 _MOST_VALUES = 100_000
 """Far more than any recipe has, with aliases taken out."""
+_DEEPEST = 100
 
 
 def parse_yaml(text: str | bytes, where: object) -> Any:
@@ -45,13 +46,29 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without tags, doubled keys, and values that hold themselves or are repeated without end."""
+    """
+    PyYAML's safe loader without tags, doubled keys, deep nesting, and values that hold themselves or are repeated
+    without end.
+    """
+
+    _depth = 0
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # Here already: PyYAML looks far ahead of what it composes, in time that grows with the square of the depth.
+        if self.flow_level == _DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(None, None, f"the tag {event.tag!r} is refused", event.start_mark)
-        return super().compose_node(parent, index)
+        if self._depth == _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()

@@ -27,7 +27,10 @@ MERGED_LAUGHS = "a: &a {x: 1}\n" + "".join(
         ("&a {b: *a}", "a value holds itself"),
         (BILLION_LAUGHS, "more than 100000 values"),
         (MERGED_LAUGHS, "more than 100000 values"),
-        ("[" * 5000, "nested too deeply"),
+        # In time that does not grow with the square of the depth.
+        ("[" * 100_000, "nested too deeply"),
+        ("a: " + "{a: " * 101, "nested too deeply"),
+        ("- " * 101 + "a", "nested too deeply"),
         ("a: !!python/object/apply:os.system ['true']", "the tag .* is refused"),
         ("a: !!int x", "the tag .* is refused"),
         ("a: 2001-99-99", "month must be in 1..12"),

@@ -51,8 +51,12 @@ def resolve_conditions(
         place = f"{where}, condition {name!r}"
         if isinstance(own, str):
             path = recipe_beside(source or Path("recipe.yaml"), own, place)
+            try:
+                values = read_recipe(path, train_hints())
+            except (ValueError, OSError) as error:
+                raise type(error)(f"{place}: {error}") from error
             # A recipe of a single run says where that one goes.
-            own = {key: value for key, value in read_recipe(path, train_hints()).items() if key not in _RESERVED}
+            own = {key: value for key, value in values.items() if key not in _RESERVED}
             place = f"{place}, {path}"
         recipe = merged(shared, check_values(own, hints, place), override)
         first = next(iter(resolved.values()), recipe)

@@ -25,6 +25,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     kinds: dict[str, Any] = {"conditions": dict, "seeds": list, "command": texts, "gap": (list, type(None))}
     require_keys(settings, {**kinds, **dict.fromkeys(("machine", "libero", "questions", "anchors"), mappings)}, path)
     require_keys(settings["conditions"], dict.fromkeys(settings["conditions"], dict), f"{path}, conditions")
+    require_keys(settings.get("machine") or {}, {"jobs": (int, type(None))}, f"{path}, machine")
     # They are names of folders.
     if wrong := [name for name in settings["conditions"] if not is_plain_name(name)]:
         raise ValueError(f"{path}: a condition is called {wrong[0]!r}, expected a name that leads to no other folder")

@@ -175,7 +175,7 @@ def _results(results: Mapping[str, Any], logs: Mapping[str, list[RunLogs]]) -> l
             ),
         ]
     if cost:
-        jobs = (results["machine"] or {}).get("jobs", 1)
+        jobs = (results["machine"] or {}).get("jobs") or 1
         beside = f" Steps were timed with {jobs} processes side by side on one machine." if jobs > 1 else ""
         blocks += [
             html.heading("Cost", level=3),

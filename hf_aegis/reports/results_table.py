@@ -194,7 +194,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     notes = [f"Mean ± standard deviation (n − 1) over seeds; {_MISSING}: not measured."]
     if gap := results["settings"].get("gap"):
         notes.append(f"Share of the gap: of that between {gap[0]} and {gap[1]} with the same seed, in flow MSE.")
-    if (jobs := (results["machine"] or {}).get("jobs", 1)) > 1:
+    if (jobs := (results["machine"] or {}).get("jobs") or 1) > 1:
         notes.append(f"Step times were measured with {jobs} processes side by side.")
     if any("libero_success" in condition["measures"] for condition in results["conditions"].values()):
         notes.append(ROLLOUTS_NOTE)
