@@ -68,6 +68,15 @@ def test_a_content_of_another_length_is_refused(pushed, length):
         download_files("org/name", NAMES)
 
 
+@pytest.mark.parametrize("size", ["9" * 400, "-1", "three", ""])
+def test_a_size_that_no_file_has_is_refused(pushed, size):
+    changing(pushed, "HEAD", "/resolve/", with_headers(X_Linked_Size=size))
+    with pytest.raises(
+        HubDownloadError, match=r"no a\.safetensors from .* answer tells a size that no file has: x-li"
+    ):
+        download_files("org/name", NAMES)
+
+
 @pytest.mark.parametrize("commit", ["../../../../escaped", "/tmp/escaped", "..", ""])
 def test_a_commit_that_is_a_path_leads_nowhere(pushed, tmp_path_factory, commit):
     root = tmp_path_factory.getbasetemp()
