@@ -80,8 +80,9 @@ def read_rows(dataset: h5py.Dataset, rows: int | slice) -> np.ndarray:
     Raises:
         LiberoFormatError: there are none, or HDF5 cannot read them (a damaged chunk, a missing compression filter).
     """
-    if dataset.shape is None:
-        raise LiberoFormatError.at(os.fspath(dataset.file.filename), dataset.name, "holds nothing, expected rows")
+    if not dataset.shape:
+        found = "nothing" if dataset.shape is None else "a single value"
+        raise LiberoFormatError.at(os.fspath(dataset.file.filename), dataset.name, f"holds {found}, expected rows")
     try:
         return dataset[rows]
     except OSError as error:
