@@ -59,7 +59,13 @@ _PANELS: dict[str, dict[str, str]] = {
     "held otherwise": {
         "subspace_soft": "held subspace, soft",
         "subspace_unfrozen": "held subspace, norms free",
-        "pairs_both": "held pairs + AEGIS",
+        "subspace_first_layer": "held subspace, more of layer 0",
+        "pairs_99_unfrozen": "held pairs, 99 %, norms free",
+    },
+    "held, and a penalty": {
+        "pairs_both": "held pairs, 90 %, + AEGIS",
+        "pairs_90_transport": "held pairs, 90 %, + transport loss",
+        "pairs_99_transport": "held pairs, 99 %, + transport loss",
     },
     "taken back to within 5 %": {
         "naive_within_5": "naive, within 5 %",
@@ -132,7 +138,8 @@ _MARKERS: tuple[Any, ...] = (
     (_STAR_8, _STAR_3),
     "hP*d",
     ("8", "H", _STAR_6, "P"),
-    *("<s^*", ">v<^", "pDd"),
+    *("<s^*", ">v<^", "pDdh"),
+    ((10, 1, 0), (7, 0, 0), (9, 1, 0)),
     ((7, 0, 0), (9, 1, 0), (10, 1, 0), (7, 1, 0)),
     (_STAR_3, _STAR_3_DOWN),
     (_STAR_3_DOWN, _STAR_8, _STAR_3, _STAR_4),
