@@ -2,6 +2,7 @@
 
 from json import JSONDecodeError
 
+from httpx2 import InvalidURL
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,7 +22,10 @@ from hf_aegis.hub.redaction import redacted
 MALFORMED = (TypeError, AttributeError, LookupError)
 """What huggingface_hub raises of an answer that is JSON, but not what it expects: it looks into it unchecked."""
 
-FAILURES = (OSError, HTTPError, EntryNotFoundError, HFValidationError, ValueError, RuntimeError, *MALFORMED)
+FAILURES = (
+    *(OSError, HTTPError, InvalidURL, EntryNotFoundError, HFValidationError, ValueError, RuntimeError),
+    *MALFORMED,
+)
 """What huggingface_hub raises where a request or a transfer fails; it has no class that covers them."""
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
