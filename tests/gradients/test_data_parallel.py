@@ -39,7 +39,7 @@ def test_two_processes_equal_one(run_processes):
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 # Seeds and strengths of the push as where one process is tested, so that some groups conflict and others do not.
 CASES = (("gemma2", torch.float64, 0.5), ("gemma2", torch.float32, 0.5), ("paligemma2", torch.float64, 1.0))
-SEEDS = {"pi0": 4}
+SEEDS = {"pi0": 8}
 WAYS = ((False, "layer"), (True, "layer"), (False, "global"), (False, "tensor"))
 
 

@@ -8,7 +8,7 @@ from hf_aegis.gradients import GradientShield
 
 MODELS = ("gemma2", "llama", "qwen2", "paligemma2")
 # Seeds and strengths of the push for which some groups conflict and others do not.
-MIXED = {"gemma2": (0, 0.5), "llama": (0, 2.0), "qwen2": (3, 2.0), "paligemma2": (2, 1.0)}
+MIXED = {"gemma2": (0, 0.5), "llama": (0, 2.0), "qwen2": (3, 2.0), "paligemma2": (2, 0.5)}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 
 
