@@ -171,7 +171,8 @@ def build() -> gr.Blocks:
         with gr.Tab("Act", id="act"):
             _act_tab()
         page.load(functools.partial(learning_page, MODELS), None, curves, api_visibility="private")
-        page.load(warm_up, show_progress="hidden", api_visibility="private", **IN_LINE)
+        # Not in line: each visit would take a place there, and all but the first do nothing.
+        page.load(warm_up, queue=False, show_progress="hidden", api_visibility="private")
     page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
     return page
 

@@ -53,7 +53,9 @@ def resolve_conditions(
             path = recipe_beside(source or Path("recipe.yaml"), own, place)
             try:
                 values = read_recipe(path, train_hints())
-            except (ValueError, OSError) as error:
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            except OSError as error:
                 raise type(error)(f"{place}: {error}") from error
             # A recipe of a single run says where that one goes.
             own = {key: value for key, value in values.items() if key not in _RESERVED}

@@ -120,7 +120,9 @@ def read_recipe(path: Path, hints: Mapping[str, Any], extending: tuple[Path, ...
         raise ValueError(f"{path}: key {EXTENDS!r} is {below!r}, the {_MOST_EXTENDED}th recipe over one another")
     try:
         extended = read_recipe(base, hints, extending)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        raise ValueError(f"{path}: key {EXTENDS!r}: {error}") from error
+    except OSError as error:
         raise type(error)(f"{path}: key {EXTENDS!r}: {error}") from error
     return merged(extended, check_values(values, hints, str(path)))
 

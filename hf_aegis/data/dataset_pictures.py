@@ -100,4 +100,6 @@ def _read_member(file: BinaryIO, member: str, path: str) -> bytes:
 
 
 def _outside(path: str) -> ValueError:
-    return ValueError(f"the row's image is said to lie at {path!r}, which is outside of the data set")
+    return ValueError(
+        f"the row's image is said to lie at {path!r}, which is outside of the data set (of archives ZIP alone is read)"
+    )

@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 """Decoded, a picture of so many takes 192 MB. Cameras make such ones, sets of questions do not hold them."""
 MAX_BYTES = 4 * MAX_PIXELS + 1024 * 1024
-"""Of a file: what so many pixels take as a BMP with transparency, the largest of these formats, and room for EXIF."""
+"""Of a file: what so many pixels take unpacked, with transparency and 8 bits a channel, and room for EXIF."""
 
 # What Pillow raises of files that are no pictures, or damaged ones.
 _FAILURES = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)

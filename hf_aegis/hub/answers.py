@@ -10,7 +10,7 @@ from huggingface_hub.utils import get_session
 # The cache's files are named by these.
 _NAMING = ("etag", "x-linked-etag", "x-repo-commit")
 _SIZING = ("content-length", "x-linked-size")
-_MOST_DIGITS = 18
+_MOST_DIGITS = 18  # almost an exabyte
 
 
 @contextmanager

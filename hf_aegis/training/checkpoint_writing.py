@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from hf_aegis.training.out_of_memory import is_out_of_memory
 
 
-# Below what any file needs: where a write has failed, the rest is taken.
+# A block of a file system: where a write has failed, the rest is taken.
 _NOTHING = 2**12
 
 

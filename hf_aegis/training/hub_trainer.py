@@ -175,7 +175,8 @@ class HubTrainer(Trainer):
                 stage_checkpoint(out, Path(checkpoint_folder), places.get(strategy), staged)
                 # Of what is pushed: the output folder may not hold an adapter yet.
                 write_card(staged, self.hub_model_id, record=RunRecord.read(staged, **self._known()))
-        except OSError as error:
+        # A full disk, or a damaged log of those that the card tells of.
+        except (OSError, ValueError) as error:
             _warn_of_push(name, self.hub_model_id, f"it could not be prepared in {out}: {error}")
             return
         # Of this function's jobs one runs after the other: an older checkpoint never replaces a newer one.

@@ -69,7 +69,7 @@ def advice_for(trainer: "AEGISTrainer") -> str:
     except Exception as error:
         # What went wrong is the missing memory, and the planner must not hide it.
         general = _IN_GENERAL.format(" or, on the host, a lower dataloader_num_workers take less.")
-        return f"The planner cannot say by how much what would help here: {type(error).__name__}: {error}\n{general}"
+        return f"The planner cannot say by how much it would help: {type(error).__name__}: {error}\n{general}"
     most, phase = size(plan.peak.bytes), plan.peak.phase
     items = ", ".join(f"{name} {size(count)}" for name, count in plan.peak.items.items())
     return "\n".join([f"By the planner's estimate a step takes {most}, in the phase {phase!r}: {items}.", *lines])

@@ -192,6 +192,8 @@ def _run_in(
         share = _interpolate(trainer, pretrained, run, VQAHoldout(replayed, processor) if replayed else None)
         if run.settling_steps:
             settle_expert(trainer, run.settling_steps)
+    # What is saved below is what is published.
+    trainer.non_finite_guard.check_weights(args, trainer.state, trainer.model)
     if isinstance(trainer.model, PeftModel):
         # What is measured is what is saved, rounding included.
         trainer.save_model(str(folder / ADAPTER_FOLDER), _internal_call=True)

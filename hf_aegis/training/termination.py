@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -100,7 +101,8 @@ def keep_workers(loader: DataLoader) -> None:
     Lets a loader's processes go on when SIGTERM comes, which is often sent to all processes of a job: the step under
     way needs them. They end when the loader does, or the process that has it, whose own SIGTERM still ends them.
 
-    Systems that do not tell who sent a signal, such as macOS, leave the processes to end by it.
+    Systems that do not tell who sent a signal, such as macOS, leave the processes to end by it. Programs that a data
+    set starts inherit that SIGTERM waits: end them by SIGKILL.
     """
     if hasattr(signal, "sigwaitinfo"):
         # What accelerate wraps around a loader hands on what is read of it, and not what is set.
@@ -112,12 +114,15 @@ def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
     # Not ignored: PyTorch and multiprocessing end by it a process that is slow to end, and may wait until it has.
     # Blocked, in this thread and those that it starts, lest it have its effect in one of them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_by_parent, name="SIGTERM", daemon=True).start()
+    starter = multiprocessing.parent_process()
+    # Not the parent of the operating system where a server forks the processes.
+    parent = os.getppid() if starter is None else starter.pid
+    threading.Thread(target=_end_by_parent, args=(parent,), name="SIGTERM", daemon=True).start()
     if start is not None:
         start(number)
 
 
-def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_by_parent(parent: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -22,7 +22,7 @@ from hf_aegis.data import PictureSettings
 from hf_aegis.data.vqa import load_easy_vqa
 from hf_aegis.evaluation.vqa import VQAHoldout
 from hf_aegis.models import PaliGemmaFlowForAction, PaliGemmaFlowProcessor
-from hf_aegis.training import AEGISConfig, AEGISTrainer
+from hf_aegis.training import AEGISConfig, AEGISTrainer, NonFiniteTrainingError
 from hf_aegis.training.json_lines import JSONLines
 from hf_aegis.training.non_finite_guard import NonFiniteGuard
 from hf_aegis.training.resources import ResourceCallback
@@ -119,6 +119,18 @@ def test_a_run_and_what_it_leaves(make_run, make_args, flow_anchor, tmp_path, pr
         ):
             with pytest.raises(ValueError, match=f"out holds a run with another recipe: {message}"):
                 run_training(changed_run, dataclasses.replace(args, **changed_args))
+
+
+def test_a_run_whose_last_step_breaks_a_weight_saves_no_model(make_run, make_args, tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                next(model.parameters()).data.view(-1)[0] = math.nan
+
+    args = make_args(max_steps=2, preserve="none", save_strategy="no", eval_strategy="no")
+    with pytest.raises(NonFiniteTrainingError, match=r"not finite any more after step 2, first "):
+        run_training(make_run(vqa_samples=0), args, callbacks=[Break()])
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("preserve", ["none", "projection"])

@@ -61,7 +61,7 @@ def test_a_planner_that_fails_hides_nothing(
     with pytest.raises(TrainingOutOfMemoryError, match=r"^CUDA out of memory\n") as caught:
         trainer.train()
     said = str(caught.value).splitlines()
-    assert said[1].startswith(f"The planner cannot say by how much what would help here: {error.__name__}: ")
+    assert said[1].startswith(f"The planner cannot say by how much it would help: {error.__name__}: ")
     assert "no such shape" in said[1]
     assert said[2].startswith(
         "A smaller per_device_train_batch_size with more gradient_accumulation_steps, activation_"
