@@ -4,7 +4,7 @@ are made, to the highest point of two steps, the second of which finds the optim
 the bytes of each condition that is named.
 
 The allocator returns what it frees (`MALLOC_MMAP_THRESHOLD_`, set by the caller), and a first training of the same
-model, on one sample, has brought in the libraries' code before. In bfloat16 a training of the same shapes has: oneDNN
+condition, on one sample, has brought in the libraries' code before. In bfloat16 a training of the same shapes has: oneDNN
 compiles a kernel for each shape of a product, and keeps it as long as the process lives.
 """
 
@@ -71,11 +71,9 @@ def train(name: str, anchor_folder: Path, samples: int) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     anchor_folder, names = Path(sys.argv[1]), sys.argv[2:]
-    train("naive", anchor_folder, 1)
     found = {}
     for name in names:
-        if CONDITIONS[name].get("bf16"):
-            train(name, anchor_folder, SAMPLES)
+        train(name, anchor_folder, SAMPLES if CONDITIONS[name].get("bf16") else 1)
         before = resident_bytes()
         found[name] = train(name, anchor_folder, SAMPLES) - before
     print(json.dumps(found))
