@@ -65,6 +65,7 @@ _PANELS: dict[str, dict[str, str]] = {
     "held, and a penalty": {
         "pairs_both": "held pairs, 90 %, + AEGIS",
         "pairs_90_transport": "held pairs, 90 %, + transport loss",
+        "pairs_95_transport": "held pairs, 95 %, + transport loss",
         "pairs_99_transport": "held pairs, 99 %, + transport loss",
     },
     "taken back to within 5 %": {
@@ -82,6 +83,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "pairs_90_lr_2e-3": "held pairs, 90 %, rate 2e-3",
         "pairs_99_lr_2e-3": "held pairs, 99 %, rate 2e-3",
         "pairs_995_lr_2e-3": "held pairs, 99.5 %, rate 2e-3",
+        "pairs_99_transport_lr_2e-3": "held pairs, 99 %, + transport loss, rate 2e-3",
     },
     "AEGIS: what is projected": {
         "aegis_global": "AEGIS, global",
