@@ -18,7 +18,7 @@ from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
 from hf_aegis.reports.style import REFERENCES, condition_panels, condition_styles, split_ablations
-from hf_aegis.reports.trade_off import STEP_TIME, plot_trade_off, plottable
+from hf_aegis.reports.trade_off import FLOW_MSE, STEP_TIME, VQA_CROSS_ENTROPY, plot_trade_off, plottable
 from hf_aegis.reports.training_curves import (
     SeedRuns,
     logged_curves,
@@ -81,6 +81,8 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
     for names, suffix, of_what in ((methods, "", ""), (ablations, "_ablations", ": variants of AEGIS")):
         if names:
             yield f"trade_off{suffix}", f"Retention against plasticity{of_what}", partial(_trade_off, material, names)
+            title = f"Cross-entropy of the answers against plasticity{of_what}"
+            yield f"cross_entropy{suffix}", title, partial(_cross_entropy, material, names)
             yield f"cost{suffix}", f"Retention against the time of a step{of_what}", partial(_cost, material, names)
             yield f"vqa{suffix}", f"Question answering during training{of_what}", partial(_vqa, material, names)
             yield f"flow{suffix}", f"Flow loss during training{of_what}", partial(_flow, material, names)
@@ -122,6 +124,22 @@ def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str
             else "There is one run of each, so a difference may be chance.",
             *(["The dotted line is the model before fine-tuning."] if before else []),
         ]
+    )
+
+
+def _cross_entropy(material: Material, conditions: Sequence[str], path: Path) -> str:
+    found = plottable(material.results["conditions"], FLOW_MSE, VQA_CROSS_ENTROPY)
+    names = [name for name in conditions if name in found]
+    if not names:
+        raise MissingDataError(
+            "no finished run has both a VQA cross-entropy and a held-out flow MSE in its result.json."
+        )
+    measures = {"task": FLOW_MSE, "retention": VQA_CROSS_ENTROPY}
+    plot_trade_off(material.results["conditions"], names, material.results["before"], path, **measures)
+    return (
+        "The same with the cross-entropy of the correct answers upwards, on a logarithmic scale: it still tells apart "
+        "what answers as many questions correctly, but less surely. The lower left corner keeps the knowledge and "
+        "learns the task."
     )
 
 

@@ -16,24 +16,36 @@ class Measure(NamedTuple):
         key (`str`): The measure among a condition's.
         label (`str`): Its name and unit, and which way is better.
         scale (`float`, *optional*, defaults to `1.0`): What the measure is multiplied by.
+        logarithmic (`bool`, *optional*, defaults to `False`): Whether the axis is, so that it shows no zero.
     """
 
     key: str
     label: str
     scale: float = 1.0
+    logarithmic: bool = False
+
+    def shows(self, value: float) -> bool:
+        """Whether the axis has a place for a value."""
+        return value > 0 or not self.logarithmic
 
 
 FLOW_MSE = Measure("flow_mse", "flow MSE on held-out demonstrations (← better)")
 STEP_TIME = Measure("step_ms", "time of an optimiser step (ms, ← better)")
 VQA_ACCURACY = Measure("vqa_accuracy", "VQA accuracy after training (%, ↑ better)", 100.0)
+VQA_CROSS_ENTROPY = Measure(
+    "vqa_cross_entropy", "VQA cross-entropy after training (nats per token, ↓ better)", logarithmic=True
+)
 
 
 def plottable(conditions: Mapping[str, Any], task: Measure = FLOW_MSE, retention: Measure = VQA_ACCURACY) -> list[str]:
-    """The conditions that have both measures, of `collect_results`'s `conditions`."""
+    """The conditions, of `collect_results`'s, that have both measures, where the axes can show them."""
     return [
         name
         for name, condition in conditions.items()
-        if all(_mean(condition, measure.key) is not None for measure in (task, retention))
+        if all(
+            (mean := _mean(condition, measure.key)) is not None and measure.shows(mean)
+            for measure in (task, retention)
+        )
     ]
 
 
@@ -47,7 +59,8 @@ def plot_trade_off(
 ) -> None:
     """
     What is kept over what is learned, one labelled marker per condition, with one standard deviation over seeds to
-    each side: by default VQA accuracy over held-out flow MSE, where better is up and to the left.
+    each side: by default VQA accuracy over held-out flow MSE, where better is up and to the left. On a logarithmic
+    axis a bar that would reach below zero ends at the lowest value that is drawn.
 
     Args:
         conditions (`Mapping`): As [`results_table.collect_results`] aggregates them.
@@ -58,24 +71,32 @@ def plot_trade_off(
         retention ([`Measure`], *optional*): Upwards.
     """
     styles = condition_styles(names)
+    level = (before or {}).get(retention.key)
+    level = retention.scale * level if level is not None and retention.shows(level) else None
+    horizontal = {name: _Bar.of(conditions[name], task) for name in names}
+    vertical = {name: _Bar.of(conditions[name], retention) for name in names}
+    if task.logarithmic:
+        horizontal = _above_zero(horizontal)
+    if retention.logarithmic:
+        vertical = _above_zero(vertical, level)
     with figure_style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(WIDTH, 5.4))
-        positions, boxes = {}, []
+        axis.set_xscale("log" if task.logarithmic else "linear")
+        axis.set_yscale("log" if retention.logarithmic else "linear")
+        boxes = []
         for name in names:
-            (x, dx), (y, dy) = (_mean_and_spread(conditions[name], measure) for measure in (task, retention))
+            x, y = horizontal[name], vertical[name]
             look = {key: styles[name][key] for key in ("color", "marker")}
             _, caps, bars = axis.errorbar(
-                *(x, y, dy or None, dx or None),
+                *(x.mean, y.mean, y.lengths, x.lengths),
                 **{**look, "linestyle": "", "markersize": 9, "markeredgecolor": "white", "zorder": 4},
                 **{"capsize": 3, "elinewidth": 1.2},
             )
             # Where many conditions meet, the markers are what is to be seen.
             for part in (*caps, *bars):
                 part.set(alpha=0.45, zorder=3)
-            positions[name] = (x, y)
-            boxes += [(x - dx, y, x + dx, y), (x, y - dy, x, y + dy)]
-        if before is not None and before.get(retention.key) is not None:
-            level = retention.scale * before[retention.key]
+            boxes += [(x.low, y.mean, x.high, y.mean), (x.mean, y.low, x.mean, y.high)]
+        if level is not None:
             axis.axhline(level, **{**CONDITION_STYLES["pretrained"], "linewidth": 1.2})
             left, right = axis.get_xlim()
             boxes.append((left, level, right, level))
@@ -83,15 +104,36 @@ def plot_trade_off(
         axis.margins(x=0.12, y=0.1)
         axis.set_xlabel(task.label)
         axis.set_ylabel(retention.label)
+        positions = {name: (horizontal[name].mean, vertical[name].mean) for name in names}
         annotate(axis, positions, {name: styles[name]["label"] for name in names}, boxes)
         figure.savefig(path, format="png")
         pyplot.close(figure)
 
 
+class _Bar(NamedTuple):
+    """A measure of a condition and where its bar ends, as drawn."""
+
+    low: float
+    mean: float
+    high: float
+
+    @classmethod
+    def of(cls, condition: Mapping[str, Any], measure: Measure) -> "_Bar":
+        values = condition["measures"][measure.key]
+        mean, spread = values["mean"], values["std"] or 0.0
+        return cls(*(measure.scale * value for value in (mean - spread, mean, mean + spread)))
+
+    @property
+    def lengths(self) -> list[list[float]] | None:
+        """To both sides, as matplotlib has them; `None` where there is no bar."""
+        return [[self.mean - self.low], [self.high - self.mean]] if self.high > self.low else None
+
+
+def _above_zero(bars: Mapping[str, _Bar], level: float | None = None) -> dict[str, _Bar]:
+    """The bars on a logarithmic axis: one that would reach zero ends at the lowest of the means and `level`."""
+    floor = min([bar.mean for bar in bars.values()] + ([] if level is None else [level]))
+    return {name: bar if bar.low > 0 else bar._replace(low=floor) for name, bar in bars.items()}
+
+
 def _mean(condition: Mapping[str, Any], key: str) -> float | None:
     return condition["measures"].get(key, {}).get("mean")
-
-
-def _mean_and_spread(condition: Mapping[str, Any], measure: Measure) -> tuple[float, float]:
-    values = condition["measures"][measure.key]
-    return measure.scale * values["mean"], measure.scale * (values["std"] or 0.0)

@@ -23,6 +23,7 @@ FEW = {
 }
 EVERYTHING = [
     "trade_off",
+    "cross_entropy",
     "cost",
     "vqa",
     "flow",
@@ -181,7 +182,7 @@ def test_what_was_not_logged_is_left_out_and_said_so(tmp_path, write_comparison)
     # Of an earlier report, whose data are gone.
     (folder / "figures/drift.png").write_bytes(b"stale")
     write_report(folder)
-    assert drawn(folder) == ["cost", "flow", "trade_off", "vqa"]
+    assert drawn(folder) == ["cost", "cross_entropy", "flow", "trade_off", "vqa"]
     page = Page((folder / "report.html").read_text())
     missing = page.text[page.text.index("What is missing") :]
     for sentence in (
@@ -229,7 +230,7 @@ def test_variants_of_aegis_have_figures_of_their_own(tmp_path, write_comparison)
     outcomes = dict.fromkeys(("aegis", "transport_loss", "transport_loss_10", "aegis_eps"), FEW["aegis"])
     folder = write_comparison(tmp_path, {"naive": FEW["naive"], **outcomes}, seeds=(0,), layers=1, analyses=False)
     write_report(folder)
-    ablations = ["cost_ablations", "flow_ablations", "trade_off_ablations", "vqa_ablations"]
+    ablations = [f"{name}_ablations" for name in ("trade_off", "cross_entropy", "cost", "vqa", "flow")]
     assert drawn(folder) == sorted([*ablations, "projection_aegis"])
     # A figure of methods without any would show naive and AEGIS once more.
     text = Page((folder / "report.html").read_text()).text

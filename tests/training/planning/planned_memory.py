@@ -4,8 +4,8 @@ are made, to the highest point of two steps, the second of which finds the optim
 the bytes of each condition that is named.
 
 The allocator returns what it frees (`MALLOC_MMAP_THRESHOLD_`, set by the caller), and a first training of the same
-condition, on one sample, has brought in the libraries' code before. In bfloat16 a training of the same shapes has: oneDNN
-compiles a kernel for each shape of a product, and keeps it as long as the process lives.
+condition, on one sample, has brought in the libraries' code before. In bfloat16 a training of the same shapes has:
+oneDNN compiles a kernel for each shape of a product, and keeps it as long as the process lives.
 """
 
 import ctypes
