@@ -48,10 +48,11 @@ ANCHORS: dict[str, dict[str, Any]] = {
 CONDITIONS: dict[str, dict[str, Any]] = {
     "naive": {"preserve": "none"},
     "aegis": {"preserve": "projection", "anchor": "easy_vqa"},
-    # What is held allows for larger steps.
+    # What is held allows for larger steps, and AEGIS's penalty as a loss keeps the rest close.
     "held_pairs": {
         "preserve": "subspace",
-        "subspace_sensitivity": 0.995,
+        "subspace_sensitivity": 0.99,
+        "penalties": {"transport": 1.0},
         "learning_rate": 2e-3,
         "anchor": "easy_vqa",
     },
