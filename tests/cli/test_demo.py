@@ -163,6 +163,7 @@ def test_a_demo_runs_all_commands_in_order_and_reports(logged, tmp_path, capsys)
     assert {key for key in naive.keys() | pairs.keys() if naive.get(key) != pairs.get(key)} == {
         "preserve",
         "subspace_sensitivity",
+        "penalties",
         "learning_rate",
         "output_dir",
         "anchor",
