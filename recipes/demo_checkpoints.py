@@ -32,7 +32,7 @@ MODEL_CARD = Path(__file__).parents[1] / "model_cards" / "demo_checkpoint.md"
 # What curves are drawn of, and when.
 _CURVES = ("vqa_cross_entropy", "vqa_accuracy", "eval_flow_mse")
 _COPIED = ("flow_mse", "action_mse", "versions")
-_NAMES = {"naive": "naively", "aegis": "with AEGIS", "held_pairs": "with held pairs of directions"}
+_NAMES = {"naive": "naively", "aegis": "with AEGIS", "held_pairs": "with held pairs of directions and AEGIS's penalty"}
 
 
 def main() -> None:

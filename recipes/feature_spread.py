@@ -3,10 +3,10 @@ Over how many directions policies spread what they see of the held-out demonstra
 
     python recipes/feature_spread.py outputs/study_embedded/runs/naive/seed_0 outputs/study_embedded/runs/aegis/seed_0
 
-An observation's features are what the expert reads: the language model's last hidden states, at the image tokens. Of
-their covariance over observations, with eigenvalues λ, the participation ratio (Σ λ)² / Σ λ² is a number of
-directions: 1 where all observations lie on a line, and the number of dimensions where they fill a ball. The first row
-is the embedded model before training.
+An observation's features are the language model's last hidden states at the image tokens, computed in float32; the
+expert reads them, and those of the instruction's tokens. Of the features' covariance over observations, with
+eigenvalues λ, the participation ratio (Σ λ)² / Σ λ² is a number of directions: 1 where all observations lie on a line,
+and the number of dimensions where they fill a ball. The first row is the embedded model before training.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def participation_ratio(samples: Tensor) -> float:
     """
     if len(samples) < 2:
         raise ValueError(f"a spread needs at least two samples, found {len(samples)}")
-    centred = (samples.double() - samples.double().mean(dim=0)).to(samples.dtype)
+    centred = samples.double() - samples.double().mean(dim=0)
     # The covariance's eigenvalues are those of the smaller Gram matrix: Σ λ is its trace, Σ λ² its squared norm.
-    gram = (centred @ centred.T if len(samples) <= samples.shape[1] else centred.T @ centred).double()
+    gram = centred @ centred.T if len(samples) <= samples.shape[1] else centred.T @ centred
     if not (total := float(gram.trace())):
         raise ValueError(f"the {len(samples)} samples do not differ")
     return total**2 / float(gram.square().sum())
@@ -55,6 +55,7 @@ def features(model: PaliGemmaFlowForAction, processor: PaliGemmaFlowProcessor, d
         outputs = model.model(
             **prompt,
             pixel_values=batch["pixel_values"].flatten(0, 1),
+            # Each token of the prompt sees all of it, as in a forward pass with actions.
             token_type_ids=torch.zeros_like(batch["input_ids"]),
             use_cache=False,
         )

@@ -44,7 +44,12 @@ _MODELS = {
     "base": ("Before", "the pre-trained model", "AEGIS_SPACE_BASE", EMBEDDED_VLM),
     "naive": ("Naive", "fine-tuned to act, nothing kept", "AEGIS_SPACE_NAIVE", DEMO_CHECKPOINTS["naive"]),
     "aegis": ("AEGIS", "gradients projected", "AEGIS_SPACE_AEGIS", DEMO_CHECKPOINTS["aegis"]),
-    "held": ("Held pairs", "sensitive directions restored", "AEGIS_SPACE_HELD", DEMO_CHECKPOINTS["held_pairs"]),
+    "held": (
+        "Held pairs",
+        "sensitive directions restored, a penalty",
+        "AEGIS_SPACE_HELD",
+        DEMO_CHECKPOINTS["held_pairs"],
+    ),
 }
 
 

@@ -101,8 +101,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """
-    Collects the anchor, fine-tunes naively, with AEGIS and with held pairs of directions, and writes `summary.json`,
-    `metrics.jsonl` and figures.
+    Collects the anchor, fine-tunes naively, with AEGIS, and with held pairs of directions and the penalty as a loss,
+    and writes `summary.json`, `metrics.jsonl` and figures.
 
     What is finished is not done again, so an interrupted demo continues.
 

@@ -18,7 +18,15 @@ from hf_aegis.reports.run_files import Records
 from hf_aegis.reports.run_logs import RunLogs
 from hf_aegis.reports.spectra_figures import plot_concentration, plot_spectra
 from hf_aegis.reports.style import REFERENCES, condition_panels, condition_styles, split_ablations
-from hf_aegis.reports.trade_off import FLOW_MSE, STEP_TIME, VQA_CROSS_ENTROPY, plot_trade_off, plottable
+from hf_aegis.reports.trade_off import (
+    FLOW_MSE,
+    STEP_TIME,
+    VQA_ACCURACY,
+    VQA_CROSS_ENTROPY,
+    Measure,
+    plot_trade_off,
+    plottable,
+)
 from hf_aegis.reports.training_curves import (
     SeedRuns,
     logged_curves,
@@ -106,13 +114,7 @@ def _figures(material: Material) -> Iterator[tuple[str, str, Callable[[Path], st
 
 
 def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str:
-    found = plottable(material.results["conditions"])
-    names = [name for name in conditions if name in found]
-    if not names:
-        raise MissingDataError("no finished run has both a VQA accuracy and a held-out flow MSE in its result.json.")
-    before = material.results["before"]
-    plot_trade_off(material.results["conditions"], names, before, path)
-    several = any(material.results["conditions"][name]["runs"] > 1 for name in names)
+    several = _plot(material, conditions, path, "a VQA accuracy and a held-out flow MSE")
     return " ".join(
         [
             "Each marker is a condition after training: how often it still answers correctly (upwards), and its error "
@@ -122,25 +124,43 @@ def _trade_off(material: Material, conditions: Sequence[str], path: Path) -> str
             "is small beside them may be chance."
             if several
             else "There is one run of each, so a difference may be chance.",
-            *(["The dotted line is the model before fine-tuning."] if before else []),
+            *(["The dotted line is the model before fine-tuning."] if material.results["before"] else []),
         ]
     )
 
 
 def _cross_entropy(material: Material, conditions: Sequence[str], path: Path) -> str:
-    found = plottable(material.results["conditions"], FLOW_MSE, VQA_CROSS_ENTROPY)
+    several = _plot(
+        material, conditions, path, "a VQA cross-entropy and a held-out flow MSE", retention=VQA_CROSS_ENTROPY
+    )
+    return (
+        "The same with the cross-entropy of the correct answers upwards, on a logarithmic scale: it tells apart what "
+        "answers about as many questions correctly, but less surely. The lower left corner keeps the knowledge and "
+        "learns the task." + (" Bars are one standard deviation upwards, and as long downwards." if several else "")
+    )
+
+
+def _plot(
+    material: Material,
+    conditions: Sequence[str],
+    path: Path,
+    measures: str,
+    task: Measure = FLOW_MSE,
+    retention: Measure = VQA_ACCURACY,
+) -> bool:
+    """
+    Draws those of the conditions that have both measures; returns whether one of them has several runs.
+
+    Raises:
+        MissingDataError: If none has the measures, which `measures` names.
+    """
+    results = material.results["conditions"]
+    found = plottable(results, task, retention)
     names = [name for name in conditions if name in found]
     if not names:
-        raise MissingDataError(
-            "no finished run has both a VQA cross-entropy and a held-out flow MSE in its result.json."
-        )
-    measures = {"task": FLOW_MSE, "retention": VQA_CROSS_ENTROPY}
-    plot_trade_off(material.results["conditions"], names, material.results["before"], path, **measures)
-    return (
-        "The same with the cross-entropy of the correct answers upwards, on a logarithmic scale: it still tells apart "
-        "what answers as many questions correctly, but less surely. The lower left corner keeps the knowledge and "
-        "learns the task."
-    )
+        raise MissingDataError(f"no finished run has both {measures} in its result.json.")
+    plot_trade_off(results, names, material.results["before"], path, task, retention)
+    return any(results[name]["runs"] > 1 for name in names)
 
 
 def _film_strips(material: Material, path: Path) -> str:
@@ -158,14 +178,10 @@ def _film_strips(material: Material, path: Path) -> str:
 
 
 def _cost(material: Material, conditions: Sequence[str], path: Path) -> str:
-    found = plottable(material.results["conditions"], STEP_TIME)
-    names = [name for name in conditions if name in found]
-    if not names:
-        raise MissingDataError("no finished run has both a VQA accuracy and the time of a step in its result.json.")
-    plot_trade_off(material.results["conditions"], names, material.results["before"], path, STEP_TIME)
+    _plot(material, conditions, path, "a VQA accuracy and the time of a step", task=STEP_TIME)
     return (
-        "The same upwards; to the right, the median time of an optimiser step. Times are comparable as far as the "
-        "machine had as much else to do in all runs."
+        "The same as the first, but to the right is the median time of an optimiser step. Times are comparable as far "
+        "as the machine had as much else to do in all runs."
     )
 
 

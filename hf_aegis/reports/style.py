@@ -77,14 +77,12 @@ _PANELS: dict[str, dict[str, str]] = {
     "other rates": {
         "naive_lr_3e-4": "naive, rate 3e-4",
         "naive_lr_2e-3": "naive, rate 2e-3",
-    },
-    "held pairs, other rates": {
         "pairs_90_lr_3e-4": "held pairs, 90 %, rate 3e-4",
+    },
+    "held pairs, twice the rate": {
         "pairs_90_lr_2e-3": "held pairs, 90 %, rate 2e-3",
         "pairs_99_lr_2e-3": "held pairs, 99 %, rate 2e-3",
         "pairs_995_lr_2e-3": "held pairs, 99.5 %, rate 2e-3",
-    },
-    "held, and a penalty, other rates": {
         "pairs_99_transport_lr_2e-3": "held pairs, 99 %, + transport loss, rate 2e-3",
     },
     "AEGIS: what is projected": {
@@ -145,9 +143,8 @@ _MARKERS: tuple[Any, ...] = (
     *("<s^*", ">v<^", "pDdh"),
     ((10, 1, 0), (7, 0, 0), (9, 1, 0), _STAR_8),
     ((7, 0, 0), (9, 1, 0), (10, 1, 0), (7, 1, 0)),
-    (_STAR_3, _STAR_3_DOWN),
+    (_STAR_3, _STAR_3_DOWN, (4, 1, 45)),
     (_STAR_3_DOWN, _STAR_8, _STAR_3, _STAR_4),
-    ((4, 1, 45),),
     *("D*sv", "^dP", "P>vp"),
     ("*", "h", _STAR_4, "s"),
     *("d8h", "Hp8"),

@@ -38,7 +38,7 @@ VQA_CROSS_ENTROPY = Measure(
 
 
 def plottable(conditions: Mapping[str, Any], task: Measure = FLOW_MSE, retention: Measure = VQA_ACCURACY) -> list[str]:
-    """The conditions, of `collect_results`'s, that have both measures, where the axes can show them."""
+    """Names of the conditions that have both measures, with values that the axes can show."""
     return [
         name
         for name, condition in conditions.items()
@@ -60,7 +60,7 @@ def plot_trade_off(
     """
     What is kept over what is learned, one labelled marker per condition, with one standard deviation over seeds to
     each side: by default VQA accuracy over held-out flow MSE, where better is up and to the left. On a logarithmic
-    axis a bar that would reach below zero ends at the lowest value that is drawn.
+    axis bars are as long downwards as upwards, so that none reaches zero.
 
     Args:
         conditions (`Mapping`): As [`results_table.collect_results`] aggregates them.
@@ -75,10 +75,6 @@ def plot_trade_off(
     level = retention.scale * level if level is not None and retention.shows(level) else None
     horizontal = {name: _Bar.of(conditions[name], task) for name in names}
     vertical = {name: _Bar.of(conditions[name], retention) for name in names}
-    if task.logarithmic:
-        horizontal = _above_zero(horizontal)
-    if retention.logarithmic:
-        vertical = _above_zero(vertical, level)
     with figure_style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(WIDTH, 5.4))
         axis.set_xscale("log" if task.logarithmic else "linear")
@@ -121,18 +117,13 @@ class _Bar(NamedTuple):
     def of(cls, condition: Mapping[str, Any], measure: Measure) -> "_Bar":
         values = condition["measures"][measure.key]
         mean, spread = values["mean"], values["std"] or 0.0
-        return cls(*(measure.scale * value for value in (mean - spread, mean, mean + spread)))
+        low = mean**2 / (mean + spread) if measure.logarithmic else mean - spread
+        return cls(*(measure.scale * value for value in (low, mean, mean + spread)))
 
     @property
     def lengths(self) -> list[list[float]] | None:
         """To both sides, as matplotlib has them; `None` where there is no bar."""
         return [[self.mean - self.low], [self.high - self.mean]] if self.high > self.low else None
-
-
-def _above_zero(bars: Mapping[str, _Bar], level: float | None = None) -> dict[str, _Bar]:
-    """The bars on a logarithmic axis: one that would reach zero ends at the lowest of the means and `level`."""
-    floor = min([bar.mean for bar in bars.values()] + ([] if level is None else [level]))
-    return {name: bar if bar.low > 0 else bar._replace(low=floor) for name, bar in bars.items()}
 
 
 def _mean(condition: Mapping[str, Any], key: str) -> float | None:

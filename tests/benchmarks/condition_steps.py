@@ -133,10 +133,11 @@ def main() -> None:
             section, ", ".join(chosen), lambda c=chosen: measure(c, arguments.warm_up, arguments.rounds)
         )
         rows |= {name: figures for name, figures in found.items() if name not in rows}
+    together = min(arguments.together, len(arguments.conditions))
     lines = [
         "",
         f"{arguments.rounds} steps of each in turn, after {arguments.warm_up} that are not timed, "
-        f"{arguments.together} conditions and `naive` at a time, torch threads: {settings['threads']}.",
+        f"{together} conditions and `naive` at a time, torch threads: {settings['threads']}.",
         "",
         "| condition | × naive | × naive, processor |",
         "|---|---|---|",

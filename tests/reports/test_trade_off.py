@@ -42,17 +42,22 @@ def test_any_two_measures_can_be_drawn_in_units_of_their_own(monkeypatch, tmp_pa
     assert levels == ([50] if before and "kept" in before else [])
 
 
-def test_bars_on_a_logarithmic_axis_stay_above_zero(monkeypatch, tmp_path):
+@pytest.mark.parametrize("axis", ["task", "retention"])
+def test_bars_on_a_logarithmic_axis_are_as_long_to_both_sides(monkeypatch, tmp_path, axis):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
     conditions = {
-        "naive": condition(loss=(1.0, 0.5), kept=(4.0, 6.0)),
-        "mine": condition(loss=(2.0, 0.5), kept=(2.0, 1.0)),
+        "naive": condition(loss=(1.0, None), kept=(4.0, 12.0)),
+        "mine": condition(loss=(2.0, None), kept=(2.0, 2.0)),
     }
     kept = Measure("kept", "kept (nats)", logarithmic=True)
-    for before, floor in ((None, 2.0), ({"kept": 0.25}, 0.25), ({"kept": 0.0}, 2.0)):
-        plot_trade_off(conditions, ["naive", "mine"], before, tmp_path / "figure.png", LOSS, kept)
-        (axis,) = figures.pop().axes
-        assert (axis.get_xscale(), axis.get_yscale()) == ("linear", "log")
-        ends = [container.lines[2][1].get_segments()[0][:, 1].tolist() for container in axis.containers]
-        assert ends == [[floor, 10.0], [1.0, 3.0]]
+    measures = {"task": LOSS, "retention": LOSS, axis: kept}
+    plot_trade_off(conditions, ["naive", "mine"], {"kept": 0.0}, tmp_path / "figure.png", **measures)
+    (drawn,) = figures[0].axes
+    scales = {"task": drawn.get_xscale(), "retention": drawn.get_yscale()}
+    assert scales == {"task": "linear", "retention": "linear", axis: "log"}
+    side = ("task", "retention").index(axis)
+    ends = [container.lines[2][0].get_segments()[0][:, side].tolist() for container in drawn.containers]
+    assert ends == [[1.0, 16.0], [1.0, 4.0]]
+    # A level of zero has no place on the axis.
+    assert not [line for line in drawn.lines if line.get_linestyle() == ":"]

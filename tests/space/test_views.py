@@ -75,6 +75,7 @@ def test_the_curves_are_those_of_the_runs():
     for folder in DEMO_CHECKPOINTS.values():
         accuracy = json.loads((folder / "evaluation.json").read_text())["vqa"]["accuracy"]
         assert f"{100 * accuracy:.1f} %" in html
+    assert "61.1 %" in html
 
 
 def test_a_model_without_a_log_is_named(tmp_path):
