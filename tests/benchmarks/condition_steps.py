@@ -33,7 +33,7 @@ NAIVE = "naive"
 # One of each kind of step; others differ in shares and rates.
 CONDITIONS = (
     *("stop_gradient", "aegis", "pairs_99", "subspace_95", "subspace_soft", "pairs_both", "lora", "l2sp_1e-2"),
-    *("feature_distillation", "transport_loss", "pairs_90_transport", "ewc", "a_gem", "cotrain"),
+    *("feature_distillation", "transport_loss", "pairs_99_transport_lr_2e-3", "ewc", "a_gem", "cotrain"),
 )
 # Nothing but steps.
 _STEPS_ALONE: dict[str, Any] = {
