@@ -144,7 +144,7 @@ def small_disk(tmp_path) -> Iterator[SmallDisk]:
     """Mounted where no other process sees it but by this path, and gone afterwards; no root is needed."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = 'mount -t tmpfs -o size=4m none "$1" && echo mounted && exec cat'
+    mount = 'mount -t tmpfs -o size=4m none "$1" && cd "$1" && echo mounted && exec cat'
     for namespaces in (["--mount"], ["--user", "--map-root-user", "--mount"]):
         try:
             holder = subprocess.Popen(
@@ -157,7 +157,7 @@ def small_disk(tmp_path) -> Iterator[SmallDisk]:
             break
         with holder:
             if holder.stdout.readline() == b"mounted\n":
-                yield SmallDisk(Path(f"/proc/{holder.pid}/root/{folder}"))
+                yield SmallDisk(Path(f"/proc/{holder.pid}/cwd"))
                 return
     pytest.skip("the system lets nobody mount a file system here")
 
